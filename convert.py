@@ -1,0 +1,479 @@
+"""Convert PyTorch or Hugging Face weights to an MLX model, whole or quantized.
+
+    python convert.py --torch-path llama-2-7b --mlx-path llama-q4 -q
+    python convert.py --hf-path Qwen/Qwen2-0.5B --mlx-path qwen --format safetensors
+
+A checkpoint flows through in rows: its tensors stay on disk under mlx-lm's names, a plan says how
+each is to be cast or quantized, and a writer asks for them a few megabytes at a time. Memory stays
+far below the model's size.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+from graft.atomic import check_free, new_folder
+from graft.errors import InputError, command
+from graft.hugging_face import find_folder, open_hugging_face_folder
+from graft.loading import build_model, quantize_as_saved
+from graft.meta_llama import open_meta_folder
+from graft.mlx_names import (
+    collapsed,
+    parameters_of,
+    quantization_of,
+    translated,
+    under_mlx_names,
+)
+from graft.tensors import LazyTensor, blocks, check_fit, size_bytes
+from graft.weight_files import Output, write_npz, write_safetensors
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+WRITERS = {
+    "npz": ("weights.npz", write_npz),
+    "safetensors": ("model.safetensors", write_safetensors),
+}
+# One of the first group makes a tokenizer; the others go along. Never code.
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+# A head is known by Meta's name too, as in the MLX example's converter.
+META_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
+
+Tensors = dict[str, LazyTensor]
+Quantization = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Tensors
+    tokenizer: list[Path]
+
+
+@dataclass
+class Report:
+    """What a conversion did."""
+
+    file: Path
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--torch-path", metavar="DIR", help="Meta folder: consolidated.*.pth and params.json")
+    add("--hf-path", metavar="DIR_OR_REPO", help="Hugging Face folder, or repository on the Hub")
+    add("--mlx-path", metavar="OUT", default="mlx_model", help="folder to write (mlx_model)")
+    add("--format", choices=WRITERS, default="npz", help="file format of the weights (npz)")
+    add("--dtype", choices=DTYPES, help="type to cast to; without it tensors keep their own")
+    add("-q", "--quantize", action="store_true", help="quantize as mlx-lm does")
+    add("--q-bits", type=int, metavar="N", help=f"bits a weight, one of {_listed(BITS)} (4)")
+    add("--q-group-size", type=int, metavar="N", help=f"one of {_listed(GROUP_SIZES)} (64)")
+    add(
+        "--q-skip",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="layers to leave whole: names or globs",
+    )
+    add("--force", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert as the command line says, and print a summary."""
+    args = vars(build_parser().parse_args(argv))
+    report = convert(
+        args.pop("mlx_path"),
+        file_format=args.pop("format"),
+        show_progress=sys.stderr.isatty(),
+        **args,
+    )
+    print_report(report)
+    return 0
+
+
+def convert(
+    mlx_path: str | Path,
+    *,
+    torch_path: str | Path | None = None,
+    hf_path: str | Path | None = None,
+    file_format: str = "npz",
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_skip: Sequence[str] = (),
+    force: bool = False,
+    show_progress: bool = False,
+) -> Report:
+    """Write the folder `mlx_path` with weights, config.json and the tokenizer's files.
+
+    Args:
+        mlx_path: the folder to make; it appears whole or not at all.
+        torch_path: a Meta folder.
+        hf_path: a Hugging Face folder or repository; give one of the two.
+        file_format: "npz" or "safetensors".
+        dtype: "float16", "bfloat16" or "float32" to cast to; `None` keeps what there is.
+        quantize: quantize the layers that mlx-lm quantizes.
+        q_bits: bits a weight, 4 by default.
+        q_group_size: weights that share a scale and a bias, 64 by default.
+        q_skip: names or globs of layers to leave whole.
+        force: replace `mlx_path`.
+        show_progress: draw a bar on standard error.
+
+    Raises:
+        InputError: the checkpoint, the settings or the place to write are at fault.
+    """
+    started = time.perf_counter()
+    if not quantize and (q_bits is not None or q_group_size is not None or q_skip):
+        raise InputError("--q-bits, --q-group-size and --q-skip need -q")
+    settings = quantization_settings(q_bits, q_group_size) if quantize else None
+    out = Path(os.path.abspath(mlx_path))
+    check_free(out, replace=force)
+    source = open_source(torch_path, hf_path)
+    _check_replaceable(out, source.folder)
+    with new_folder(out, replace=force) as folder, _without_buffer_cache():
+        report = write_model(
+            source,
+            folder,
+            file_format=file_format,
+            dtype=DTYPES[dtype] if dtype else None,
+            settings=settings,
+            q_skip=q_skip,
+            show_progress=show_progress,
+        )
+    report.file = Path(mlx_path) / report.file.name
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def quantization_settings(bits: int | None, group_size: int | None) -> Quantization:
+    """What config.json says of a quantized model; affine, 4 bits and groups of 64 by default.
+
+    Raises:
+        InputError: bits or group size that MLX has no kernels for.
+    """
+    bits = 4 if bits is None else bits
+    group_size = 64 if group_size is None else group_size
+    problems = []
+    if bits not in BITS:
+        problems.append(f"--q-bits {bits} is not supported; choose one of {_listed(BITS)}")
+    if group_size not in GROUP_SIZES:
+        sizes = _listed(GROUP_SIZES)
+        problems.append(f"--q-group-size {group_size} is not supported; choose one of {sizes}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return {"group_size": group_size, "bits": bits, "mode": "affine"}
+
+
+def open_source(torch_path: str | Path | None, hf_path: str | Path | None) -> Source:
+    """Find the configuration and the tensors of a checkpoint; no weight is read yet.
+
+    Raises:
+        InputError: not one of both is given, or the checkpoint is missing, incomplete or damaged.
+    """
+    if (torch_path is None) == (hf_path is None):
+        raise InputError("give one of --torch-path (Meta's layout) and --hf-path (Hugging Face's)")
+    if hf_path is not None:
+        folder = find_folder(str(hf_path), (*TOKENIZERS, *TOKENIZER_EXTRAS))
+        if _has_layout(folder, "params.json", but_not="config.json"):
+            raise InputError(f"{folder} has Meta's layout; use --torch-path {folder}")
+        config, tensors = open_hugging_face_folder(folder)
+        return Source(folder, config, tensors, tokenizer_files(folder))
+    folder = Path(str(torch_path))
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; --torch-path takes a Meta checkpoint's")
+    if _has_layout(folder, "config.json", but_not="params.json"):
+        raise InputError(f"{folder} has Hugging Face's layout; use --hf-path {folder}")
+    config, tensors = open_meta_folder(folder)
+    # Meta's own download keeps one tokenizer beside the folders of all sizes.
+    tokenizer = tokenizer_files(folder, folder.parent / "tokenizer.model")
+    return Source(folder, config, tensors, tokenizer)
+
+
+def _has_layout(folder: Path, name: str, *, but_not: str) -> bool:
+    return (folder / name).exists() and not (folder / but_not).exists()
+
+
+def tokenizer_files(folder: Path, elsewhere: Path | None = None) -> list[Path]:
+    """The files of a tokenizer.
+
+    Args:
+        folder: where they are.
+        elsewhere: what makes a tokenizer if the folder has none.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    found = [file for pattern in TOKENIZERS for file in folder.glob(pattern)]
+    if not found and elsewhere is not None and elsewhere.is_file():
+        found = [elsewhere]
+    if not found:
+        raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); copy it there")
+    found += [file for pattern in TOKENIZER_EXTRAS for file in folder.glob(pattern)]
+    return [file for file in found if file.is_file() and file.suffix != ".py"]
+
+
+def write_model(
+    source: Source,
+    folder: Path,
+    *,
+    file_format: str,
+    dtype: mx.Dtype | None,
+    settings: Quantization | None,
+    q_skip: Sequence[str],
+    show_progress: bool,
+) -> Report:
+    """Write weights, config.json and tokenizer of `source` into an empty folder.
+
+    Raises:
+        InputError: an unknown architecture, tensors that do not fit it, or a quantized checkpoint
+            that is to be quantized.
+    """
+    from mlx_lm.utils import save_config
+
+    config, tensors = source.config, source.tensors
+    if kind := quantization_of(config):
+        if settings:
+            raise InputError(f"{source.folder} is quantized already, {kind}; leave -q away")
+        if "quantization" not in config:
+            config, tensors = translated(source.folder)
+    model = build_model(config)
+    parameters = sum(array.size for array in parameters_of(model).values())
+    staged = folder / "staged.safetensors"
+    tensors, notes = under_mlx_names(model, tensors, staged)
+    if "quantization" in config:
+        quantize_as_saved(model, config["quantization"], cast(Any, tensors))
+    check_fit(parameters_of(model), tensors, str(source.folder))
+    layers: dict[str, Quantization] = {}
+    if settings:
+        layers, kept = quantize(model, settings, q_skip)
+        notes += kept
+        differing = {path: layer for path, layer in layers.items() if layer != settings}
+        config = config | {"quantization": settings | differing}
+    before = sum(map(size_bytes, tensors.values()))
+    outputs = plan(model, tensors, layers, dtype)
+    after = sum(output.size_bytes for output in outputs)
+    save_weights(folder, outputs, file_format, show_progress=show_progress)
+    staged.unlink(missing_ok=True)
+    if dtype is not None:
+        # transformers 5 writes `dtype` and reads both; mlx-lm reads the older name.
+        names = {"torch_dtype", "dtype"} & {"torch_dtype", *config}
+        config = config | dict.fromkeys(names, str(dtype).removeprefix("mlx.core."))
+    towers = getattr(model, "model", {})
+    save_config(dict(config), folder / "config.json", keep_vision_config="vision_tower" in towers)
+    for file in source.tokenizer:
+        shutil.copyfile(file, folder / file.name)
+    return Report(folder / WRITERS[file_format][0], parameters, before, after, notes=notes)
+
+
+def quantize(
+    model: nn.Module, settings: Quantization, skip: Sequence[str]
+) -> tuple[dict[str, Quantization], list[str]]:
+    """Choose the layers to quantize as mlx-lm does, by their class and the model's own rule.
+
+    Args:
+        model: the architecture, not quantized.
+        settings: group size, bits and mode.
+        skip: names or globs of layers to leave whole.
+
+    Returns:
+        The settings of each chosen layer, by path, and notes on those that stay whole.
+
+    Raises:
+        InputError: a name in `skip` matches no layer, or no layer is left to quantize.
+    """
+    leaves = cast(Any, tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+    layers = {path: module for path, module in leaves if hasattr(module, "to_quantized")}
+    rule = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    chosen: dict[str, Quantization] = {}
+    whole: dict[str, list[str]] = {"as --q-skip says": _matching(skip, layers)}
+    for path, module in layers.items():
+        wanted, width = rule(path, module), module.weight.shape[-1]
+        layer = settings | (wanted if isinstance(wanted, dict) else {})
+        if path in whole["as --q-skip says"]:
+            continue
+        if not wanted:
+            whole.setdefault("as mlx-lm leaves them in this architecture", []).append(path)
+        elif width % settings["group_size"] or width % layer["group_size"]:
+            reason = f"since groups of {layer['group_size']} do not divide their width of {width}"
+            whole.setdefault(reason, []).append(path)
+        else:
+            chosen[path] = layer
+    notes = [f"whole, {why}: {_listed(collapsed(paths))}" for why, paths in whole.items() if paths]
+    if not chosen:
+        raise InputError(f"-q leaves nothing to quantize ({'; '.join(notes)})")
+    return chosen, notes
+
+
+def _matching(patterns: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches: as a glob, or as one or more whole parts of the path."""
+    names = {pattern: META_NAMES.get(pattern, pattern) for pattern in patterns}
+    matches = {
+        pattern: [path for path in paths if fnmatchcase(path, name) or f".{name}." in f".{path}."]
+        for pattern, name in names.items()
+    }
+    if unmatched := [pattern for pattern, found in matches.items() if not found]:
+        there = _listed(collapsed(paths))
+        raise InputError(f"--q-skip {' '.join(unmatched)} matches no layer; there are {there}")
+    return [path for path in paths if any(path in found for found in matches.values())]
+
+
+def plan(
+    model: nn.Module,
+    tensors: Tensors,
+    layers: dict[str, Quantization],
+    dtype: mx.Dtype | None,
+) -> list[Output]:
+    """What to write for each tensor. Empties `tensors`, so that what is written can be let go.
+
+    Args:
+        model: the architecture; it may keep some tensors from being cast.
+        tensors: under mlx-lm's names.
+        layers: settings of the layers to quantize, by path.
+        dtype: to cast to, or `None` to keep what there is.
+    """
+    castable = getattr(model, "cast_predicate", None) or (lambda name: True)
+    outputs: list[Output] = []
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        target = tensor.dtype
+        if mx.issubdtype(target, mx.floating) and dtype is not None and castable(name):
+            target = dtype
+        elif target == mx.float64:
+            target = mx.float32  # MLX computes in float64 on the CPU only.
+        path, _, kind = name.rpartition(".")
+        if path in layers and kind == "weight":
+            outputs += _quantized(path, tensor, target, layers[path])
+        else:
+            outputs.append(Output(name, target, tensor.shape, _cast(tensor, target)))
+    return outputs
+
+
+def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> Iterator[mx.array]:
+    for block in blocks(tensor):
+        yield block if block.dtype == dtype else block.astype(dtype, stream=mx.cpu)
+
+
+def _quantized(path: str, tensor: LazyTensor, dtype: mx.Dtype, layer: Quantization) -> list[Output]:
+    """A layer's packed weight, scales and biases; groups lie within rows, so blocks of rows do."""
+
+    def pack(block: mx.array) -> Sequence[mx.array]:
+        group_size, bits, mode = layer["group_size"], layer["bits"], layer["mode"]
+        return mx.quantize(block, group_size=group_size, bits=bits, mode=mode)
+
+    # Written after the weight, which fills them as it goes.
+    names = ("weight", "scales", "biases")
+    kept: dict[str, list[mx.array]] = {name: [] for name in names}
+
+    def weight() -> Iterator[mx.array]:
+        for block in _cast(tensor, dtype):
+            packed, *rest = pack(block)
+            mx.eval(packed, *rest)
+            for name, array in zip(names[1:], rest, strict=False):
+                kept[name].append(array)
+            yield packed
+
+    shapes = [(a.dtype, tuple(a.shape)) for a in pack(mx.zeros(tensor.shape, dtype))]
+    contents = (weight(), iter(kept["scales"]), iter(kept["biases"]))
+    return [
+        Output(f"{path}.{name}", kind, shape, content)
+        for name, (kind, shape), content in zip(names, shapes, contents, strict=False)
+    ]
+
+
+def save_weights(
+    folder: Path, outputs: Sequence[Output], file_format: str, *, show_progress: bool = False
+) -> None:
+    """Write the outputs in order into the folder's weight file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    file_name, write = WRITERS[file_format]
+    total = sum(output.size_bytes for output in outputs)
+    with Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
+        task = bar.add_task("writing", total=total)
+
+        def counted(blocks_of_one: Iterator[mx.array]) -> Iterator[mx.array]:
+            for block in blocks_of_one:
+                yield block
+                bar.advance(task, block.nbytes)
+
+        write(folder / file_name, [o._replace(blocks=counted(o.blocks)) for o in outputs])
+
+
+def print_report(report: Report) -> None:
+    """Print what a conversion did, as a table and notes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "before", "after"):
+        table.add_column(title, justify="right" if title else "left")
+    sizes = (report.bytes_before, report.bytes_after)
+    table.add_row("parameters", *(f"{report.parameters:,}",) * 2)
+    table.add_row("size", *(f"{size / 1e6:,.1f} MB" for size in sizes))
+    table.add_row("bits a weight", *(f"{8 * size / report.parameters:.2f}" for size in sizes))
+    table.add_row("seconds", "", f"{report.seconds:.1f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"wrote {report.file}", markup=False)
+    console.print(table)
+    for note in report.notes:
+        console.print(note, markup=False)
+
+
+def _check_replaceable(out: Path, source: Path) -> None:
+    """Keep --force from deleting the checkpoint, the ground it stands on, or what is no model."""
+    for path, meaning in ((source.resolve(), "the checkpoint"), (Path.cwd(), "the current folder")):
+        if out.resolve() in (path, *path.parents):
+            raise InputError(f"--mlx-path {out} is or holds {meaning}; name another place")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise InputError(f"{out} holds no model (no config.json), so --force does not replace it")
+
+
+@contextmanager
+def _without_buffer_cache() -> Iterator[None]:
+    """Let MLX give freed buffers back at once; it would keep some of every size that occurs."""
+    limit = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Graft: LoRA fine-tuning on MLX."""
+
+from graft import blas
+
+__version__ = "0.1.0"
+
+blas.load()

@@ -1,0 +1,79 @@
+"""The commands by name: ``graft VERB ...``, or ``python -m graft VERB ...``."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from graft import __version__
+from graft.errors import InputError, command
+
+VERBS = {
+    "bench": ("graft.bench:main", "measure speed and memory, beside other tools"),
+    "chat": ("graft.chatting:main", "talk to a model, and choose adapters between answers"),
+    "convert": ("convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
+    "dataset": ("graft.docstrings:main", "build a dataset from the documentation of packages"),
+    "export": ("graft.exporting:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
+    "extract": ("graft.merging:main_extract", "find the adapter between two models"),
+    "fuse": ("graft.fusing:main", "write a model with its adapter inside"),
+    "inspect": ("graft.inspecting:main", "say what an adapter file is"),
+    "lora": ("lora:main", "train, evaluate and generate with an adapter"),
+    "merge": ("graft.merging:main_merge", "make one adapter of several"),
+    "serve": ("graft.serving:main", "serve a model with many adapters over HTTP"),
+    "targets": ("graft.targets:main", "show what can be adapted, and what options would train"),
+}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb that stands first, with the arguments after it.
+
+    Raises:
+        InputError: there is no verb, or not this one.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments.pop(0) if arguments else ""
+    if verb in ("-h", "--help"):
+        print(_help())
+    elif verb == "--version":
+        print(f"graft {__version__}")
+    elif verb in VERBS:
+        sys.argv[0] = f"graft {verb}"  # the name that the verb's own --help shows
+        return _entry(VERBS[verb][0])(arguments)
+    else:
+        raise InputError(_no_such(verb))
+    return 0
+
+
+def _entry(target: str) -> Callable[[Sequence[str]], int]:
+    """The function that "module:function" names.
+
+    The root modules stand beside the graft package, in a checkout as in an installation. That place
+    goes first, so that a `models.py` in the user's own folder is not taken for Graft's.
+    """
+    module, function = target.split(":")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    entry: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return entry
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items())
+    return (
+        f"usage: graft VERB ... | --version\n\n{verbs}\n\ngraft VERB --help lists a verb's options."
+    )
+
+
+def _no_such(verb: str) -> str:
+    """What is wrong with the verb, and the nearest right one by spelling or by what it does."""
+    if not verb:
+        return f"no verb given; name one of {', '.join(VERBS)} (graft --help says what each does)"
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    near += [name for name, (_, text) in VERBS.items() if verb in text.replace(",", "").split()]
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"
+    return f"unknown verb {verb!r}: {hint} (graft --help says what each does)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

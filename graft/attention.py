@@ -1,0 +1,202 @@
+"""Attention and activations for Linux's CPU, where an exponential costs as much as 60 additions.
+
+MLX computes attention's weights in the forward pass and again in the backward pass, masked ones
+too. Here they are computed once, from powers of two, which take a third of the time, for a block of
+queries at a time and only for the keys that it may see:
+
+    S = scale Q K^T + mask,   P = exp(S - max S),   O = P V / sum P,
+    dS = P (dO' V^T - sum(dO' O)),   dO' = dO / sum P,   dQ = scale dS K,   dK = scale dS^T Q,
+    dV = P^T dO'
+
+P is kept for the backward pass while it is small, and else computed again a block at a time, so
+that memory grows with the number of tokens and not with its square: Dao et al., "FlashAttention"
+(2022), https://arxiv.org/abs/2205.14135.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+LOG2_E = math.log2(math.e)
+# Attention weights at a time, 2 MB of them, and the most that are kept for the backward pass.
+BLOCK_VALUES = 2**19
+KEPT_VALUES = 2**22
+SMALLEST_BLOCK = 32
+# Low enough to make any weight zero, and finite, so that no difference of two is undefined.
+MASKED = -1e30
+
+# First query, one past the last, keys that they may see, and what their products get added.
+Block = tuple[int, int, int, mx.array | None]
+
+_original = mx.fast.scaled_dot_product_attention
+_original_sigmoid = mx.sigmoid
+
+
+def install() -> None:
+    """Let every model of this process use what this module has."""
+    mx.fast.scaled_dot_product_attention = attention
+    mx.sigmoid = sigmoid  # type: ignore[assignment]
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: str | mx.array | None = None,
+    sinks: mx.array | None = None,
+    **others: Any,
+) -> mx.array:
+    """What `mx.fast.scaled_dot_product_attention` gives, to rounding.
+
+    Args:
+        q: (batch, heads, queries, dims).
+        k: (batch, groups, keys, dims); `groups` divides `heads`.
+        v: (batch, groups, keys, value_dims).
+        scale: of the products.
+        mask: "causal", or bool or additive and broadcastable to (batch, heads, queries, keys).
+        sinks: left to MLX, as are few queries and other types than float32.
+        others: for MLX.
+    """
+    exact = all(array.dtype == mx.float32 for array in (q, k, v))
+    if sinks is not None or others or not exact or q.shape[2] < SMALLEST_BLOCK:
+        return _original(q, k, v, scale=scale, mask=mask, sinks=sinks, **others)
+    batch, heads, queries, dims = q.shape
+    groups, keys = k.shape[1:3]
+    # The heads of a group share keys: (batch, groups, heads of a group, queries, dims).
+    grouped = q.reshape(batch, groups, heads // groups, queries, dims)
+    blocks = [
+        (start, stop, seen, _bias(mask, range(start, stop), queries, seen, (groups, heads)))
+        for start, stop, seen in _blocks(batch * heads, queries, keys, causal=mask == "causal")
+    ]
+    kept = batch * heads * queries * keys <= KEPT_VALUES
+    output = _attend(scale, blocks, kept=kept)(grouped, k, v)[0]
+    return output.reshape(batch, heads, queries, v.shape[-1])
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)) of any shape."""
+    if x.dtype != mx.float32:
+        return _original_sigmoid(x)
+    # The gradient is that of the linear term, which is zero: so it needs no logarithm of the base,
+    # and works where shapes are not known, as a function of its own would not.
+    s = mx.stop_gradient(mx.reciprocal(mx.power(2.0, x * -LOG2_E) + 1.0))
+    return s + (x - mx.stop_gradient(x)) * (s * (1.0 - s))
+
+
+def _blocks(rows: int, queries: int, keys: int, *, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """(first query, one past the last, keys that they may see) of each block.
+
+    Args:
+        rows: of the batch, times heads.
+        queries: the last ones that belong to the keys.
+        keys: at least as many.
+        causal: whether a query sees no key that comes after it.
+    """
+    size = max(BLOCK_VALUES // (rows * keys), SMALLEST_BLOCK)
+    # Of equal sizes, since one that is left over would be small.
+    count = -(-queries // size)
+    edges = [queries * number // count for number in range(count + 1)]
+    for start, stop in pairwise(edges):
+        yield start, stop, keys - queries + stop if causal else keys
+
+
+def _bias(
+    mask: str | mx.array | None, block: range, queries: int, seen: int, heads: tuple[int, int]
+) -> mx.array | None:
+    """What a block's products get added, in units of log 2; broadcastable to their shape."""
+    if mask is None:
+        return None
+    if isinstance(mask, str):
+        # `seen` ends at the last query of the block.
+        places = mx.arange(len(block), dtype=mx.float32)[:, None] + (seen - len(block))
+        behind = mx.minimum(places - mx.arange(seen, dtype=mx.float32), 0.0)
+        return behind * -MASKED
+    groups, total = heads
+    rows = mask[..., block.start : block.stop, :] if mask.shape[-2] == queries else mask
+    bias = (rows.astype(mx.float32) - 1) * -MASKED if rows.dtype == mx.bool_ else rows * LOG2_E
+    if bias.ndim < 3:
+        return bias
+    # (..., heads, queries, keys): the heads divided as those of the queries are.
+    per_head = bias.shape[-3]
+    parts = (groups, total // groups) if per_head == total else (1, 1)
+    return bias.reshape(*bias.shape[:-3], *parts, *bias.shape[-2:])
+
+
+def _attend(scale: float, blocks: Sequence[Block], *, kept: bool) -> Any:
+    """(q, k, v) -> the output, the sums, and of each block what its gradient needs.
+
+    q is (batch, groups, heads, queries, dims), k (batch, groups, keys, dims), and the output has
+    the shape of q with the dims of v.
+    """
+
+    def products(q: mx.array, k: mx.array, block: Block) -> mx.array:
+        """(batch, groups, heads, queries, keys), in units of log 2."""
+        start, stop, seen, bias = block
+        rows = q[..., start:stop, :] * (scale * LOG2_E)
+        found = _flat(rows) @ k[:, :, :seen].swapaxes(-1, -2)
+        found = found.reshape(*rows.shape[:-1], seen)
+        return found if bias is None else found + bias
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+        outputs: list[mx.array] = []
+        totals, saved = [], []
+        for block in blocks:
+            x = products(_after(q, outputs), k, block)
+            top = x.max(axis=-1, keepdims=True)
+            p = mx.power(2.0, x - top)
+            total = p.sum(axis=-1, keepdims=True)
+            weighted = (_flat(p) @ v[:, :, : block[2]]).reshape(*p.shape[:-1], v.shape[-1])
+            outputs.append(weighted / total)
+            totals.append(total)
+            saved.append(p if kept else top)
+        return _joined(outputs), _joined(totals), *saved
+
+    @attend.vjp
+    def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        (q, k, v), (output, total, *saved) = primals, outputs
+        share = cotangents[0] / total
+        below = (share * output).sum(axis=-1, keepdims=True)
+        dq: list[mx.array] = []
+        dk, dv = mx.zeros_like(k), mx.zeros_like(v)
+        for block, p in zip(blocks, saved, strict=True):
+            start, stop, seen, _ = block
+            if not kept:
+                p = mx.power(2.0, products(_after(q, [*dq, dk, dv]), k, block) - p)
+            rows = _flat(share[..., start:stop, :])
+            dp = (rows @ v[:, :, :seen].swapaxes(-1, -2)).reshape(p.shape)
+            change = _flat(p * (dp - below[..., start:stop, :]))
+            dq.append((change @ k[:, :, :seen]).reshape(q[..., start:stop, :].shape) * scale)
+            dk = _added(dk, change.swapaxes(-1, -2) @ (_flat(q[..., start:stop, :]) * scale))
+            dv = _added(dv, _flat(p).swapaxes(-1, -2) @ rows)
+        return _joined(dq), dk, dv
+
+    return attend
+
+
+def _after(x: mx.array, results: Sequence[mx.array]) -> mx.array:
+    """`x`, once `results` are there: of the blocks before, or all of them would be at work."""
+    waiting: Any = mx.depends([x], list(results)) if results else [x]
+    array: mx.array = waiting[0]
+    return array
+
+
+def _joined(parts: Sequence[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=-2)
+
+
+def _added(total: mx.array, part: mx.array) -> mx.array:
+    """The sum over keys of which `part` has only the first: (batch, groups, keys, dims)."""
+    missing = total.shape[2] - part.shape[2]
+    return total + (mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else part)
+
+
+def _flat(x: mx.array) -> mx.array:
+    """The heads of a group as further queries: (batch, groups, heads * queries, ...)."""
+    batch, groups, heads, queries, last = x.shape
+    return x.reshape(batch, groups, heads * queries, last)

@@ -1,0 +1,163 @@
+"""What a row of data holds: the shapes that are known, and what is wrong with a row.
+
+Knows neither files nor tokenizers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graft.errors import InputError
+
+Fields = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+# The first shape whose keys a row has is its shape.
+SHAPES = {
+    "chats": ("messages",),
+    "prompts and completions": ("prompt", "completion"),
+    "texts": ("text",),
+}
+KEYS = ("text", "prompt", "completion", "messages", "tools")
+_ROWS_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read.
+
+    Attributes:
+        fields: the row's values by key.
+        place: where it stands, as file:line.
+        ends: whether the text ends where the row does.
+    """
+
+    fields: Fields
+    place: str
+    ends: bool = True
+
+
+def shape(fields: Fields) -> str | None:
+    """Which of `SHAPES` a row has; a key whose value is null counts as missing."""
+    present = {key for key, value in fields.items() if value is not None}
+    return next((name for name, keys in SHAPES.items() if present.issuperset(keys)), None)
+
+
+def content(fields: Fields) -> Fields:
+    """The part of a row that is trained on, without what is told beside it."""
+    keys = SHAPES.get(shape(fields) or "", ())
+    keys = (*keys, "tools") if "messages" in keys else keys
+    return {key: fields[key] for key in keys if fields.get(key) is not None}
+
+
+def place_number(fields: Fields) -> float:
+    """A number in [0, 1) that is a function of the row's content, evenly spread over contents."""
+    text = json.dumps(content(fields), sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def refuse(problems: Sequence[tuple[str, str]], *, of: str) -> None:
+    """Raise one error for all problems, if there are any.
+
+    Args:
+        problems: place and reason of each.
+        of: what they are, in the plural.
+
+    Raises:
+        InputError: with the first five problems and the number of the others.
+    """
+    if problems:
+        told = "; ".join(f"{place}: {reason}" for place, reason in problems[:_ROWS_TOLD])
+        others = len(problems) - _ROWS_TOLD
+        raise InputError(told + (f" (and {others} more {of})" if others > 0 else ""))
+
+
+def problem(fields: Fields) -> str | None:
+    """What is wrong with a row, if anything."""
+    name = shape(fields)
+    if name is None:
+        null = [key for key, value in fields.items() if value is None]
+        keys = ", ".join(repr(key) + " (null)" * (key in null) for key in fields)
+        return (
+            "no 'text', no 'prompt' with 'completion' and no 'messages' in this row; "
+            f"it has {keys or 'nothing'}"
+        )
+    return _CHECKS[name](fields)
+
+
+def _problem_of_text(fields: Fields) -> str | None:
+    if fields["text"] == "":
+        return "'text' must be a string that is not empty, not ''"
+    return _problem_of_string("'text'", fields["text"], " that is not empty")
+
+
+def _problem_of_completion(fields: Fields) -> str | None:
+    problems = (_problem_of_string(f"'{key}'", fields[key]) for key in ("prompt", "completion"))
+    return next((found for found in problems if found), None)
+
+
+def _problem_of_chat(fields: Fields) -> str | None:
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        return f"'messages' must be a list that is not empty, not {_short(messages)}"
+    problems = (_problem_of_message(*numbered) for numbered in enumerate(messages, 1))
+    found = next((found for found in problems if found), None)
+    tools = fields.get("tools")
+    if found is None and tools is not None and parse_tools(tools) is None:
+        return f"'tools' must be a list of JSON objects, not {_short(tools)}"
+    return found
+
+
+def _problem_of_message(number: int, message: Any) -> str | None:
+    if not isinstance(message, dict):
+        return f"message {number} must be a JSON object, not {_short(message)}"
+    role = message.get("role")
+    if role not in ROLES:
+        return f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
+    calls = message.get("tool_calls")
+    if calls is not None and not _are_calls(calls):
+        return f"'tool_calls' of message {number} must be a list of functions with a name"
+    if message.get("content") is None and calls:
+        return None
+    return _problem_of_string(f"'content' of message {number}", message.get("content"))
+
+
+def _are_calls(calls: Any) -> bool:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return False
+    functions = [call.get("function", call) for call in calls]
+    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions)
+
+
+def _problem_of_string(name: str, value: Any, kind: str = "") -> str | None:
+    if not isinstance(value, str):
+        return f"{name} must be a string{kind}, not {_short(value)}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{name} holds half of a surrogate pair, which is no character"
+    return None
+
+
+def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The tools of a row, which may be JSON in a string; `None` if they are no list of objects."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            return None
+    fits = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    return tools if fits else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_CHECKS: dict[str, Callable[[Fields], str | None]] = {
+    "chats": _problem_of_chat,
+    "prompts and completions": _problem_of_completion,
+    "texts": _problem_of_text,
+}

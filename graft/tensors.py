@@ -1,0 +1,230 @@
+"""Tensors that stay on disk until some of their rows are asked for.
+
+A checkpoint, whatever its format, is a mapping from names to `LazyTensor`s, so that converting it
+needs memory for a few rows of a tensor instead of for the model. Knows nothing of file formats: a
+format says where in which file a tensor lies.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from graft.errors import InputError
+
+import mlx.core as mx
+import numpy as np
+
+BLOCK_BYTES = 1 << 23
+
+# numpy has no bfloat16: its 16-bit words are read as they are and viewed as bfloat16 by MLX.
+_NUMPY_NAMES = {
+    mx.bool_: "?",
+    mx.uint8: "u1",
+    mx.int8: "i1",
+    mx.uint16: "<u2",
+    mx.int16: "<i2",
+    mx.uint32: "<u4",
+    mx.int32: "<i4",
+    mx.uint64: "<u8",
+    mx.int64: "<i8",
+    mx.float16: "<f2",
+    mx.bfloat16: "<u2",
+    mx.float32: "<f4",
+    mx.float64: "<f8",
+}
+
+
+class Shaped(Protocol):
+    """Anything with a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension; empty for a scalar."""
+        ...
+
+
+class LazyTensor(Shaped, Protocol):
+    """What converting asks of a tensor."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the elements."""
+        ...
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Elements start to stop of the first dimension; a scalar ignores both."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A view into the raw numbers of a file.
+
+    Args:
+        path: the file.
+        offset_bytes: where the first element lies.
+        dtype: type of the elements, little-endian in the file.
+        shape: size of each dimension.
+        strides: elements from one index to the next, for each dimension.
+    """
+
+    path: Path
+    offset_bytes: int
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Elements start to stop of the first dimension, read now."""
+        shape, offset = self.shape, self.offset_bytes
+        if shape:
+            shape = (stop - start, *shape[1:])
+            offset += start * self.strides[0] * self.dtype.size
+        if 0 in shape:
+            return mx.zeros(shape, self.dtype)
+        # Mapped for this one read, so that pages of the file do not add up in resident memory.
+        span = 1 + sum(
+            (size - 1) * stride for size, stride in zip(shape, self.strides, strict=True)
+        )
+        numpy_dtype = np.dtype(_NUMPY_NAMES[self.dtype])
+        mapped = np.memmap(self.path, numpy_dtype, mode="r", offset=offset, shape=(span,))
+        strides = [stride * numpy_dtype.itemsize for stride in self.strides]
+        array = mx.array(
+            np.array(np.lib.stride_tricks.as_strided(mapped, shape, strides)), self._read_as
+        )
+        return array.view(self.dtype) if self._read_as != self.dtype else array
+
+    @property
+    def _read_as(self) -> mx.Dtype:
+        return mx.uint16 if self.dtype == mx.bfloat16 else self.dtype
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Equal parts of one tensor, put together again along a dimension."""
+
+    parts: tuple[LazyTensor, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parts' shape with their sizes added up along `axis`."""
+        first = self.parts[0].shape
+        return tuple(
+            sum(part.shape[axis] for part in self.parts) if axis == self.axis else size
+            for axis, size in enumerate(first)
+        )
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The parts' type."""
+        return self.parts[0].dtype
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Elements start to stop of the first dimension, read now."""
+        if self.axis > 0:
+            return mx.concatenate([part.rows(start, stop) for part in self.parts], self.axis)
+        found, first = [], 0
+        for part in self.parts:
+            size = part.shape[0]
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                found.append(part.rows(low, high))
+            first += size
+        return mx.concatenate(found) if found else self.parts[0].rows(0, 0)
+
+
+@dataclass(frozen=True)
+class StackedTensor:
+    """Tensors of one shape, as the first dimension of a new one."""
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(number of parts, *shape of a part)."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The parts' type."""
+        return self.parts[0].dtype
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Parts start to stop, read now."""
+        if start == stop:
+            return mx.zeros((0, *self.shape[1:]), self.dtype)
+        return mx.stack([read(part) for part in self.parts[start:stop]])
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """An array that MLX has not evaluated yet: as a whole it comes to life with its first rows."""
+
+    array: mx.array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the elements."""
+        return self.array.dtype
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Elements start to stop of the first dimension."""
+        return self.array[start:stop] if self.shape else self.array
+
+
+def read(tensor: LazyTensor) -> mx.array:
+    """The whole tensor."""
+    return tensor.rows(0, tensor.shape[0] if tensor.shape else 1)
+
+
+def blocks(tensor: LazyTensor) -> Iterator[mx.array]:
+    """Yield the tensor in order, as many rows at a time as fit BLOCK_BYTES, and at least one."""
+    if not tensor.shape:
+        yield read(tensor)
+        return
+    row_bytes = tensor.dtype.size * math.prod(tensor.shape[1:])
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, tensor.shape[0], step):
+        yield tensor.rows(start, min(start + step, tensor.shape[0]))
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def size_bytes(tensor: LazyTensor) -> int:
+    """Bytes that the tensor's elements take."""
+    return math.prod(tensor.shape) * tensor.dtype.size
+
+
+def check_fit(expected: Mapping[str, Shaped], found: Mapping[str, Shaped], place: str) -> None:
+    """Compare names and shapes.
+
+    Args:
+        expected: what a model has.
+        found: what its checkpoint holds.
+        place: the checkpoint, for the message.
+
+    Raises:
+        InputError: tensors are missing, left over or of another shape; all of them named.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not of this architecture" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted.shape)}"
+        for name, wanted in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(wanted.shape)
+    ]
+    if problems:
+        raise InputError(
+            f"the weights in {place} do not fit its configuration: {'; '.join(problems)}"
+        )
