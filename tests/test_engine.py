@@ -687,6 +687,7 @@ def test_loading_and_unloading_change_nothing_for_those_that_run(
         assert changes > 2
 
 
+@pytest.mark.usefixtures("exact_memory")
 def test_swaps_leave_the_base_and_give_the_memory_back(
     model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
 ) -> None:

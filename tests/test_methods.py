@@ -68,6 +68,7 @@ def test_the_truncated_decomposition_is_numpy_s(shape: tuple[int, int]) -> None:
     assert norm(matrix - (u * s) @ vt) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.usefixtures("exact_memory")
 @pytest.mark.parametrize("shape", [(6000, 8), (8, 6000)])
 def test_a_vocabulary_s_matrix_is_decomposed_without_making_a_square_of_it(
     shape: tuple[int, int],

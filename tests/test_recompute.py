@@ -87,6 +87,7 @@ def gradients_of(step: Any) -> tuple[float, dict[str, mx.array]]:
     return loss.item(), dict(tree_flatten(tree))
 
 
+@pytest.mark.usefixtures("exact_memory")
 def test_it_takes_less_memory() -> None:
     config = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 384}
     model = adapted(config)
