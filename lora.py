@@ -26,6 +26,7 @@ from graft.adapters import (
     load_adapter,
     save_adapter,
 )
+from graft.ahead import ahead
 from graft.attach import attach, count_parameters, lora_layers
 from graft.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
 from graft.dataset import Split, describe, load_splits
@@ -145,9 +146,9 @@ def evaluate(
     rows = len(split) if num_batches == -1 else num_batches * batch_size
     examples = sample_rows(split.examples, rows, seed=seed)
     total, tokens = 0.0, 0
-    for group in groups(group_rows(examples, at_a_time or batch_size), lanes):
-        batches = [_arrays(pad(examples, rows)) for rows in group]
-        for mean, count in side_by_side(lambda batch: loss(model, *batch), batches):
+    parts = groups(group_rows(examples, at_a_time or batch_size), lanes)
+    for batches in ahead([pad(examples, rows) for rows in part] for part in parts):
+        for mean, count in side_by_side(lambda batch: loss(model, *_arrays(batch)), batches):
             total += _number(mean) * _number(count)
             tokens += int(_number(count))
     return Evaluation(total / max(tokens, 1), tokens, time.perf_counter() - start)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graft.ahead import ahead
 from graft.dataset import Example
 from graft.lanes import groups
 
@@ -48,6 +49,9 @@ class Batch:
 
 class TrainingBatches:
     """The batches of a training, without end: an iterator of one list of micro-batches a step.
+
+    Those of the next step are padded, and read where the trunk's states are on disk, while a step
+    is computed.
 
     Rows are grouped for whole steps and then divided, so that half the rows a micro-batch and twice
     the accumulation train on the same rows in the same steps.
@@ -142,6 +146,7 @@ class TrainingBatches:
         self._widths = _rounded_up(self._sums(self._packs), self._all_widths)
         self._groups = _slices(_shuffled(self._widths, generator), self.step_size)
         generator.shuffle(self._groups)
+        self._coming = ahead(map(self._step, self._groups[self._position :]))
 
     def __iter__(self) -> "TrainingBatches":
         return self
@@ -149,8 +154,10 @@ class TrainingBatches:
     def __next__(self) -> list[Batch]:
         if self._position == len(self._groups):
             self.restore({"epoch": self._epoch + 1, "position": 0})
-        group = self._groups[self._position]
         self._position += 1
+        return next(self._coming)
+
+    def _step(self, group: Sequence[int]) -> list[Batch]:
         return [self._batch(packs) for packs in self._divided(group)]
 
     def _arrange(self, epoch: int) -> list[list[int]]:

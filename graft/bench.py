@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graft import bench_work, blas
 from graft.atomic import new_file
-from graft.bench_peers import BATCH, MAX_TOKENS, WARM_UP
+from graft.bench_peers import BATCH, LEARNING_RATE, MAX_TOKENS, STEPS, WARM_UP
 from graft.bench_work import WORKS, Work
 from graft.errors import InputError, Parser, command
 
@@ -27,14 +28,29 @@ ROOT = Path(__file__).resolve().parents[1]
 GRAFT = "graft"
 # How to run each tool: whether with Graft's BLAS, and how many steps are worth waiting for.
 PEERS: dict[str, tuple[str, bool, int]] = {
-    "mlx-lm": ("mlx-lm", True, 40),
+    "mlx-lm": ("mlx-lm", True, STEPS),
     "mlx-lm-as-installed": ("mlx-lm", False, 4),
-    "peft": ("peft", False, 40),
+    "peft": ("peft", False, STEPS),
 }
 NOT_QUANTIZED_ONLY = ("peft",)
 SERVERS = ("mlx-lm",)
 
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that ended well.
+
+    Attributes:
+        figures: how many seconds it took, and how many bytes were resident at most.
+        output: what it printed.
+        started: when, in seconds since the epoch.
+    """
+
+    figures: Figures
+    output: str
+    started: float
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,11 +140,13 @@ def runs_of(
         tool, with_blas, steps = PEERS[peer]
         if peer in NOT_QUANTIZED_ONLY and ("bits" in bench_work.MODELS[work.model] or work.tokens):
             continue
+        if work.steps and steps < STEPS:
+            continue
         runs[peer] = _peer(
             f"{tool}-generation" if work.tokens else tool,
             *(work, model, data, scratch),
             fast_blas=with_blas,
-            steps=steps,
+            steps=work.steps or steps,
             python=peft_python if peer == "peft" else sys.executable,
         )
     return runs
@@ -137,19 +155,29 @@ def runs_of(
 def run_graft(work: Work, model: Path, data: Path, scratch: Path) -> Figures:
     """Train with `lora.py` as a person would, and read its metrics."""
     adapter = scratch / "graft" / "adapters.npz"
-    length = ["--epochs", str(work.epochs)] if work.epochs else ["--iters", str(40 + WARM_UP)]
+    steps = (work.steps or STEPS) + WARM_UP
+    length = ["--epochs", str(work.epochs)] if work.epochs else ["--iters", str(steps)]
     never = str(10**9)
+    validation = (
+        [str(WARM_UP), "--val-batches", "-1"] if work.loss else [never, "--val-batches", "1"]
+    )
     arguments = [
         *("--train", "--force", "--model", str(model), "--data", str(data)),
         *("--adapter-file", str(adapter), "--lora-layers", str(work.layers), *length),
         *("--batch-size", str(BATCH), "--max-seq-length", str(MAX_TOKENS)),
-        *("--steps-per-report", "10", "--steps-per-eval", never, "--save-every", never),
-        *("--val-batches", "1"),
+        *("--learning-rate", str(LEARNING_RATE), "--steps-per-report", str(WARM_UP)),
+        *("--save-every", never, "--steps-per-eval", *validation),
     ]
-    figures, _ = _measure([sys.executable, str(ROOT / "lora.py"), *arguments])
-    lines = (adapter.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    reports = [line for line in map(json.loads, lines) if line["kind"] == "train"]
+    done = _measure([sys.executable, str(ROOT / "lora.py"), *arguments])
+    text = (adapter.parent / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    reports = [line for line in lines if line["kind"] == "train"]
     first, last = reports[0], reports[-1]
+    figures = dict(done.figures)
+    reached = [line for line in lines if line["kind"] == "eval" and line["loss"] <= work.loss]
+    if reached:
+        left = lines[-1]["seconds"] - reached[0]["seconds"]
+        figures["seconds_to_loss"] = figures["seconds"] - left
     if work.epochs:
         rate = last["tokens"] / figures["seconds"]
     else:
@@ -174,8 +202,22 @@ def table(name: str, results: Mapping[str, Mapping[str, Sequence[float]]]) -> st
             peak = statistics.median(figures["peak_memory_bytes"]) / 1e6
             told += f"  {peak:>7,.0f} MB in MLX"
         lines.append(told + (f"  graft x {ours / median:.2f}" if tool != GRAFT else ""))
+        if WORKS[name].loss:
+            lines.append(f"    {_time_to_loss(figures, results[GRAFT])}")
         lines += _serving_lines({name: statistics.median(own) for name, own in figures.items()})
     return "\n".join(lines)
+
+
+def _time_to_loss(figures: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """How long it took to the loss, and how many times Graft's time that is."""
+    if "seconds_to_loss" not in figures:
+        return "the loss was not reached"
+    times = figures["seconds_to_loss"]
+    median = statistics.median(times)
+    told = f"the loss after {median:,.1f} s  ({min(times):,.1f} to {max(times):,.1f})"
+    if figures is ours or "seconds_to_loss" not in ours:
+        return told
+    return f"{told}  graft x {median / statistics.median(ours['seconds_to_loss']):.2f}"
 
 
 def _serving_lines(figures: Mapping[str, float]) -> list[str]:
@@ -211,7 +253,7 @@ def _run_peer(
     scratch: Path,
     *,
     fast_blas: bool,
-    steps: int = 40,
+    steps: int = STEPS,
     python: str = sys.executable,
 ) -> Figures:
     script = str(ROOT / "graft" / "bench_peers.py")
@@ -219,10 +261,14 @@ def _run_peer(
     code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [tool, str(model), str(data), "--steps", str(steps), "--scratch", str(scratch)]
     arguments += ["--layers", str(work.layers), "--tokens", str(work.tokens)]
+    arguments += ["--loss", str(work.loss)]
     library = _library() if fast_blas else None
     arguments += ["--blas", library] if library else []
-    figures, output = _measure([python, "-c", code, script, *arguments])
-    return json.loads(output.splitlines()[-1]) | figures
+    done = _measure([python, "-c", code, script, *arguments])
+    figures = json.loads(done.output.splitlines()[-1]) | done.figures
+    if "reached_at" in figures:
+        figures["seconds_to_loss"] = figures.pop("reached_at") - done.started
+    return figures
 
 
 def _server(tool: str, work: Work, model: Path, scratch: Path) -> Callable[[], Figures]:
@@ -230,8 +276,8 @@ def _server(tool: str, work: Work, model: Path, scratch: Path) -> Callable[[], F
     arguments += ["--blas", _library() or ""]
 
     def run() -> Figures:
-        figures, output = _measure([sys.executable, "-m", "graft.bench_serving", *arguments])
-        return json.loads(output.splitlines()[-1]) | figures
+        done = _measure([sys.executable, "-m", "graft.bench_serving", *arguments])
+        return json.loads(done.output.splitlines()[-1]) | done.figures
 
     return run
 
@@ -240,14 +286,14 @@ def _library() -> str | None:
     return blas.loaded() if sys.platform == "linux" else None
 
 
-def _measure(arguments: Sequence[str]) -> tuple[Figures, str]:
-    """Run a process to its end; how long it took, how much memory, and what it printed.
+def _measure(arguments: Sequence[str]) -> Done:
+    """Run a process to its end.
 
     Raises:
         InputError: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.time()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(arguments, stdout=output, stderr=errors, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
@@ -260,7 +306,7 @@ def _measure(arguments: Sequence[str]) -> tuple[Figures, str]:
             raise InputError(f"{' '.join(arguments[3:5])} failed: {told[-1]}")
         unit = 1 if sys.platform == "darwin" else 1024
         figures = {"seconds": seconds, "resident_bytes": float(usage.ru_maxrss * unit)}
-        return figures, output.read().decode()
+        return Done(figures, output.read().decode(), started)
 
 
 if __name__ == "__main__":

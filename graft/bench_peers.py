@@ -1,7 +1,8 @@
 """One run of another tool for `graft bench`, which prints what it measured as a line of JSON.
 
 Runs as a file, under any Python that has the tool, and imports nothing of Graft; generation by
-Graft itself is here, too, so that both are timed alike. Times are taken after the first ten steps.
+Graft itself is here, too, so that both are timed alike. Times are taken after the first ten steps;
+where a validation loss is to be reached, it is measured every ten.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RANK, ALPHA, BATCH, MAX_TOKENS, WARM_UP = 8, 16, 4, 512, 10
+STEPS, LEARNING_RATE = 40, 1e-3
 PROMPT = "Q: What is read?\nA:"
 
 
@@ -21,8 +23,11 @@ def main() -> None:
     parser.add_argument("tool", choices=list(TOOLS))
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--layers", type=int, default=-1)
+    parser.add_argument(
+        "--loss", type=float, default=0.0, help="validate, and tell when it is reached"
+    )
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--blas", help="library to load before MLX, as Graft does")
     parser.add_argument("--scratch", type=Path, help="folder to write to")
@@ -50,31 +55,40 @@ def train_with_mlx_lm(arguments: Any) -> dict[str, float]:
     settings = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0}
     linear_to_lora_layers(model, arguments.layers, settings)
     every = 10 if arguments.steps >= 10 else 1
-    clock: Any = _Clock(start_at=every)
+    clock: Any = _Clock(start_at=every, loss=arguments.loss)
+
+    def rows(split: str) -> Any:
+        return CacheDataset(TextDataset(_rows(arguments.data, split), tokenizer, "text"))
+
     train(
         model=model,
-        optimizer=optim.Adam(learning_rate=1e-4),
-        train_dataset=CacheDataset(TextDataset(_rows(arguments.data), tokenizer, "text")),
+        optimizer=optim.Adam(learning_rate=LEARNING_RATE, bias_correction=True),
+        train_dataset=rows("train"),
+        val_dataset=rows("valid") if arguments.loss else None,
         args=TrainingArgs(
             batch_size=BATCH,
             iters=arguments.steps + every,
             steps_per_report=every,
+            steps_per_eval=every,
+            val_batches=-1,
             steps_per_save=10**9,
             max_seq_length=MAX_TOKENS,
             adapter_file=str(arguments.scratch / "adapters.safetensors"),
         ),
         training_callback=clock,
     )
-    return {"tokens_per_second": clock.rate, "peak_memory_bytes": mx.get_peak_memory()}
+    figures = {"tokens_per_second": clock.rate, "peak_memory_bytes": mx.get_peak_memory()}
+    return figures | clock.reached
 
 
 class _Clock:
     """Takes mlx-lm's reports."""
 
-    def __init__(self, start_at: int) -> None:
-        self._start_at = start_at
+    def __init__(self, start_at: int, loss: float) -> None:
+        self._start_at, self._loss = start_at, loss
         self._start = (0.0, 0.0)
         self.rate = 0.0
+        self.reached: dict[str, float] = {}
 
     def on_train_loss_report(self, report: dict[str, Any]) -> None:
         now = time.perf_counter(), float(report["trained_tokens"])
@@ -84,7 +98,8 @@ class _Clock:
             self.rate = (now[1] - self._start[1]) / (now[0] - self._start[0])
 
     def on_val_loss_report(self, report: dict[str, Any]) -> None:
-        """There is no validation."""
+        if not self.reached and report["val_loss"] <= self._loss:
+            self.reached = {"reached_at": time.time()}
 
 
 def train_with_peft(arguments: Any) -> dict[str, float]:
@@ -105,32 +120,50 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
         r=RANK, lora_alpha=ALPHA, target_modules=names, layers_to_transform=layers
     )
     model = get_peft_model(base.to(device), settings)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    end = tokenizer.eos_token_id
-    texts = [row["text"] for row in _rows(arguments.data)]
-    rows = sorted(
-        ([*tokenizer(text)["input_ids"][: MAX_TOKENS - 1], end] for text in texts), key=len
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
     )
-    batches = [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
-    order = np.random.default_rng(0).permutation(len(batches))
-    tokens, start = 0, 0.0
-    for step in range(arguments.steps + WARM_UP):
-        if step == WARM_UP:
-            tokens, start = 0, time.perf_counter()
-        batch = batches[order[step % len(batches)]]
+
+    def batches_of(split: str) -> list[list[list[int]]]:
+        texts = [row["text"] for row in _rows(arguments.data, split)]
+        found = (tokenizer(text)["input_ids"][: MAX_TOKENS - 1] for text in texts)
+        rows = sorted(([*ids, tokenizer.eos_token_id] for ids in found), key=len)
+        return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+
+    def loss_of(batch: list[list[int]]) -> Any:
         width = -(-max(map(len, batch)) // 32) * 32
         ids, labels, mask = (torch.full((BATCH, width), value) for value in (0, -100, 0))
         for row, values in enumerate(batch):
             ids[row, : len(values)] = labels[row, : len(values)] = torch.tensor(values)
             mask[row, : len(values)] = 1
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        loss = model(**{name: array.to(device) for name, array in inputs.items()}).loss
+        return model(**{name: array.to(device) for name, array in inputs.items()}).loss
+
+    def tokens_of(batch: list[list[int]]) -> int:
+        return sum(len(values) - 1 for values in batch)
+
+    def is_reached() -> bool:
+        with torch.no_grad():
+            sums = [(loss_of(batch).item() * tokens_of(batch), tokens_of(batch)) for batch in valid]
+        total, tokens = map(sum, zip(*sums, strict=True))
+        return bool(total / tokens <= arguments.loss)
+
+    batches, valid = batches_of("train"), batches_of("valid")
+    order = np.random.default_rng(0).permutation(len(batches))
+    tokens, start, reached = 0, 0.0, {}
+    for step in range(arguments.steps + WARM_UP):
+        if step % WARM_UP == 0 and arguments.loss and not reached and is_reached():
+            reached = {"reached_at": time.time()}
+        if step == WARM_UP:
+            tokens, start = 0, time.perf_counter()
+        batch = batches[order[step % len(batches)]]
+        loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        tokens += sum(len(values) - 1 for values in batch)
+        tokens += tokens_of(batch)
     loss.item()
-    return {"tokens_per_second": tokens / (time.perf_counter() - start)}
+    return {"tokens_per_second": tokens / (time.perf_counter() - start), **reached}
 
 
 def generate_with_mlx_lm(arguments: Any) -> dict[str, float]:
@@ -166,8 +199,8 @@ def _timed(pieces: Any) -> dict[str, float]:
     return {"tokens_per_second": rate, "peak_memory_bytes": mx.get_peak_memory()}
 
 
-def _rows(data: Path) -> list[dict[str, str]]:
-    lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+def _rows(data: Path, split: str) -> list[dict[str, str]]:
+    lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -40,6 +40,8 @@ class Work:
         about: what it is, for the table.
         layers: adapted, from the top; -1 for all.
         epochs: over all rows, timed from the start of the process; 0 times steps after others.
+        loss: of validation, to reach; timed from the start of the process.
+        steps: after ten others; 0 is as many as a tool is worth waiting for.
         tokens: to generate, instead of training.
         requests: to a server, for several adapters, instead of training.
     """
@@ -48,6 +50,8 @@ class Work:
     about: str
     layers: int = -1
     epochs: int = 0
+    loss: float = 0.0
+    steps: int = 0
     tokens: int = 0
     requests: int = 0
 
@@ -58,6 +62,7 @@ WORKS = {
     "m10-q4": Work("m10-q4", "the same in 4 bits"),
     "m40-q4": Work("m40-q4", "the same in 4 bits"),
     "m40-top4": Work("m40", "top 4 of 12 layers, 5 epochs over 800 rows", layers=4, epochs=5),
+    "m10-to-loss": Work("m10", "seconds to a validation loss of 7.5", loss=7.5, steps=90),
     "wide-vocab": Work("wide-vocab", "a vocabulary of 65,536"),
     "m40-q4-generation": Work("m40-q4", "256 new tokens", tokens=256),
     "serve": Work("m10", "64 requests of 32 tokens for 8 adapters", requests=64),

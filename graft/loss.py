@@ -189,18 +189,23 @@ def _chunk(
     """Summed loss of some rows and, if wanted, its gradient with respect to `hidden`."""
     raw = project(hidden)
     logits, places = raw.astype(mx.float32), targets[:, None]
-    wanted = mx.take_along_axis(logits, places, axis=-1)[:, 0]
+    wanted = mx.take_along_axis(logits, places, axis=-1)
     if not differentiable:
-        return ((mx.logsumexp(logits, axis=-1) - wanted) * trained).sum(), []
-    # The exponentials are what this costs beside the products: taken once, for loss and gradient.
+        return ((mx.logsumexp(logits, axis=-1, keepdims=True) - wanted)[:, 0] * trained).sum(), []
+    # What this costs beside the products is passes over the logits, and most of all exponentials:
+    # these are taken once, for loss and gradient, and scaled where there are fewer numbers.
     top = logits.max(axis=-1, keepdims=True)
     powers = exponential(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
-    shares, normalizer = powers / total, (top + mx.log(total))[:, 0]
-    missing = mx.take_along_axis(shares, places, axis=-1) - 1
-    error = mx.put_along_axis(shares, places, missing, axis=-1) * trained[:, None]
-    _, (gradient,) = mx.vjp(project, [hidden], [error.astype(raw.dtype)])
-    return ((normalizer - wanted) * trained).sum(), [gradient]
+    loss = (top + mx.log(total) - wanted)[:, 0] * trained
+    missing = mx.take_along_axis(powers, places, axis=-1) - total
+    error, scale = mx.put_along_axis(powers, places, missing, axis=-1), trained[:, None] / total
+    if raw.dtype == mx.float32:
+        _, (gradient,) = mx.vjp(project, [hidden], [error])
+        return loss.sum(), [gradient * scale]
+    # Half precision may not hold what is not scaled.
+    _, (gradient,) = mx.vjp(project, [hidden], [(error * scale).astype(raw.dtype)])
+    return loss.sum(), [gradient]
 
 
 def _trained_places(trained: mx.array) -> mx.array | None:

@@ -49,6 +49,22 @@ def test_the_table_shows_medians_spread_and_ratios() -> None:
     assert "graft x 2.00" in theirs and "in MLX" not in theirs
 
 
+def test_the_table_tells_the_time_to_a_loss_and_where_it_was_not_reached() -> None:
+    speeds = {"tokens_per_second": [100.0] * 3, "resident_bytes": [2e8] * 3}
+    shown = table(
+        "m10-to-loss",
+        {
+            "graft": {**speeds, "seconds_to_loss": [20.0, 10.0, 12.0]},
+            "mlx-lm": {**speeds, "seconds_to_loss": [40.0, 30.0, 36.0]},
+            "peft": speeds,
+        },
+    ).splitlines()
+    ours, theirs, never = shown[3], shown[5], shown[7]
+    assert ours.strip() == "the loss after 12.0 s  (10.0 to 20.0)"
+    assert theirs.strip() == "the loss after 36.0 s  (30.0 to 40.0)  graft x 3.00"
+    assert never.strip() == "the loss was not reached"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -69,6 +85,12 @@ def test_peft_is_left_out_where_it_cannot_do_the_work() -> None:
     for name, peers in (("m40", ["graft", "mlx-lm", "peft"]), ("m40-q4", ["graft", "mlx-lm"])):
         runs = bench.runs_of(WORKS[name], ["mlx-lm", "peft"], place, place, sys.executable)
         assert list(runs) == peers
+
+
+def test_a_tool_too_slow_to_reach_a_loss_is_left_out() -> None:
+    place, peers = Path("nowhere"), ["mlx-lm", "mlx-lm-as-installed"]
+    runs = bench.runs_of(WORKS["m10-to-loss"], peers, place, place, sys.executable)
+    assert list(runs) == ["graft", "mlx-lm"]
 
 
 def test_a_server_s_table_tells_what_sharing_gains_and_costs() -> None:
@@ -110,18 +132,20 @@ def test_graft_and_mlx_lm_run_on_models_that_are_made_here(
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
     monkeypatch.setitem(MODELS, "tiny", {**tiny, "bits": 4})
     monkeypatch.setitem(WORKS, "tiny", Work("tiny", "two layers"))
+    monkeypatch.setitem(WORKS, "tiny-loss", Work("tiny", "to a loss", loss=99.0, steps=10))
     monkeypatch.setitem(WORKS, "tiny-generation", Work("tiny", "eight tokens", tokens=8))
     monkeypatch.setattr(bench_work, "ROWS", 40)
     monkeypatch.setattr(bench_work, "TOKENIZER_VOCABULARY", 512)
-    arguments = ["--work", "tiny", "tiny-generation", "--against", "mlx-lm", "--repeats", "1"]
+    names = ["tiny", "tiny-loss", "tiny-generation"]
+    arguments = ["--work", *names, "--against", "mlx-lm", "--repeats", "1"]
     record = tmp_path / "record.json"
     kept = ["--folder", str(tmp_path / "kept"), "--json", str(record)]
     assert bench.main([*arguments, *kept]) == 0, capsys.readouterr().err
     works = json.loads(record.read_text())["works"]
-    assert {name: list(tools) for name, tools in works.items()} == {
-        "tiny": ["graft", "mlx-lm"],
-        "tiny-generation": ["graft", "mlx-lm"],
-    }
+    assert list(works) == names
+    assert all(list(tools) == ["graft", "mlx-lm"] for tools in works.values())
+    for figures in works["tiny-loss"].values():
+        assert 0 < figures["seconds_to_loss"][0] < figures["seconds"][0]
     for tools in works.values():
         for figures in tools.values():
             assert all(value > 0 for values in figures.values() for value in values)

@@ -138,6 +138,17 @@ def test_extreme_logits_stay_finite() -> None:
     assert value.item() == 2000.0
 
 
+def test_half_precision_holds_the_gradient_over_a_large_vocabulary() -> None:
+    # Float16 ends at 65,504, and the exponentials of equal logits sum to more.
+    weight = mx.zeros((70_000, 2), mx.float16)
+    hidden, targets, trained = mx.ones((1, 2), mx.float16), mx.array([3]), mx.array([True])
+    value, gradient = mx.value_and_grad(
+        lambda x: summed_cross_entropy(lambda x: x @ weight.T, x, targets, trained)
+    )(hidden)
+    assert value.item() == pytest.approx(np.log(70_000))
+    assert mx.array_equal(gradient, mx.zeros((1, 2)))
+
+
 def test_nothing_to_train_gives_no_loss_and_no_gradient() -> None:
     model = make_adapted("llama")
     model.loss_head = find_head(model)[0]
