@@ -32,7 +32,7 @@ from graft.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
 from graft.dataset import Split, describe, load_splits
 from graft.errors import RunError, command
 from graft.interrupts import Interrupts
-from graft.lanes import choose_lanes, groups, side_by_side
+from graft.lanes import Lanes, choose_lanes, groups
 from graft.loading import fingerprint, load_model
 from graft.loss import avoid_whole_logits
 from graft.memory import Plan, parse_size, settled
@@ -147,10 +147,11 @@ def evaluate(
     examples = sample_rows(split.examples, rows, seed=seed)
     total, tokens = 0.0, 0
     parts = groups(group_rows(examples, at_a_time or batch_size), lanes)
-    for batches in ahead([pad(examples, rows) for rows in part] for part in parts):
-        for mean, count in side_by_side(lambda batch: loss(model, *_arrays(batch)), batches):
-            total += _number(mean) * _number(count)
-            tokens += int(_number(count))
+    with Lanes(lambda batch: loss(model, *_arrays(batch)), lanes) as side_by_side:
+        for batches in ahead([pad(examples, rows) for rows in part] for part in parts):
+            for mean, count in side_by_side(batches):
+                total += _number(mean) * _number(count)
+                tokens += int(_number(count))
     return Evaluation(total / max(tokens, 1), tokens, time.perf_counter() - start)
 
 

@@ -150,7 +150,8 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
 
     batches, valid = batches_of("train"), batches_of("valid")
     order = np.random.default_rng(0).permutation(len(batches))
-    tokens, start, reached = 0, 0.0, {}
+    tokens, start = 0, 0.0
+    reached: dict[str, float] = {}
     for step in range(arguments.steps + WARM_UP):
         if step % WARM_UP == 0 and arguments.loss and not reached and is_reached():
             reached = {"reached_at": time.time()}

@@ -1,29 +1,32 @@
 """Parts of a batch computed side by side, on the cores of a CPU.
 
-A stream of MLX's CPU backend has one worker, and only the BLAS uses more. With several streams,
-each with a part of the batch and a BLAS of one thread, everything else runs on all cores, too. Each
-stream belongs to a thread, since one evaluation hands out little work ahead: of several streams
-it would keep one busy after the other. Results are the same every time, and those of one stream to
-rounding.
+MLX's CPU backend works on one operation at a time, and only the BLAS uses more than one core for
+it. With a part of the batch for each core, each with a BLAS of one thread, everything else runs on
+all cores, too. Each part but the first has a process of its own: within one, MLX hands out so
+little work ahead, for all streams together, that they keep waiting for each other. A process is
+forked when it is first needed, so that it shares the model's memory. Results are the same every
+time, and those of one lane to rounding.
 """
 
 import os
+import signal
 import sys
-import threading
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import lru_cache, partial
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NoReturn, TypeVar
 
 from graft import blas
 from graft.backend import runs_on_cpu
-from graft.errors import InputError
+from graft.errors import InputError, RunError
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def choose_lanes(asked: int | None, batch_size: int) -> int:
@@ -44,70 +47,192 @@ def choose_lanes(asked: int | None, batch_size: int) -> int:
     return min(asked or cores, batch_size)
 
 
-def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`function` of each item, evaluated in a thread of its own where there are several.
-
-    Args:
-        function: builds arrays, from such as are evaluated; called one at a time, with random
-            numbers that depend on the item's place alone.
-        items: one for each lane.
-    """
-    if len(items) == 1:
-        return [function(items[0])]
-    seeds: Any = mx.random.randint(0, 2**31 - 1, (len(items),)).tolist()
-    with blas.threads(1):
-        waiting = [
-            _lane(number).submit(partial(_compute, function, item, seed))
-            for number, (item, seed) in enumerate(zip(items, seeds, strict=True))
-        ]
-        return [future.result() for future in waiting]
-
-
 def groups(items: Sequence[Item], lanes: int) -> list[Sequence[Item]]:
     """The items in order, as many at a time as there are lanes."""
     return [items[start : start + lanes] for start in range(0, len(items), lanes)]
 
 
-# A model is one object, which tracing changes for a while: one lane at a time builds its graph.
-_building = threading.Lock()
+class Lanes:
+    """Calls a function for several items at the same time; a context that ends its processes.
+
+    Args:
+        function: of an item, to a tree of arrays. Other processes have all that it uses as it was
+            when several items first came. What changes from then on has to be in the items, which
+            are pickled, and trees of arrays where they hold any.
+        count: most items at a time.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], count: int) -> None:
+        self._function, self._count = function, count
+        self._others: list[_Other] = []
+        weakref.finalize(self, _end, self._others)
+
+    def __call__(self, items: Sequence[Any]) -> list[Any]:
+        """The function's results, evaluated where there are several.
+
+        Random numbers depend on an item's place alone.
+
+        Raises:
+            RunError: a process ended, or there can be no more of them.
+        """
+        if len(items) == 1:
+            return [self._function(items[0])]
+        seeds: Any = mx.random.randint(0, 2**31 - 1, (len(items),)).tolist()
+        work = list(zip(items, seeds, strict=True))
+        try:
+            with blas.threads(1):
+                started = self._hand_out(work[1:]) if self._others else None
+                first = _compute(self._function, *work[0])
+                if started is None:
+                    # Only now, when all that the function uses is evaluated: what is not would
+                    # wait, in another process, for a thread that is not there.
+                    self._fork()
+                    started = self._hand_out(work[1:])
+                results = [first, *(other.receive() for other in started)]
+        except BaseException:
+            self.close()
+            raise
+        _note_peak(sum(other.peak for other in self._others))
+        return results
+
+    def __enter__(self) -> "Lanes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the other processes; calling again starts new ones."""
+        _end(self._others)
+
+    def _fork(self) -> None:
+        mx.synchronize()
+        while len(self._others) < self._count - 1:
+            self._others.append(_fork(self._function))
+
+    def _hand_out(self, work: Sequence[tuple[Any, int]]) -> "list[_Other]":
+        busy = self._others[: len(work)]
+        for other, (item, seed) in zip(busy, work, strict=True):
+            other.send(item, seed)
+        return busy
 
 
-def _compute(function: Callable[[Item], Result], item: Item, seed: int) -> Result:
-    with _building:
-        mx.random.seed(seed)
-        result = function(item)
+def peak_elsewhere() -> int:
+    """Bytes that lanes of other processes used at most beside what they share, since the reset."""
+    return _peak
+
+
+def reset_peak_elsewhere() -> None:
+    """Begin anew with `peak_elsewhere`."""
+    _note_peak(-_peak)
+
+
+_peak = 0
+
+
+def _note_peak(size: int) -> None:
+    global _peak
+    _peak = max(_peak, size) if size >= 0 else 0
+
+
+@dataclass
+class _Other:
+    """Another process.
+
+    Attributes:
+        pid: of it.
+        parent: the process that started it.
+        connection: to it.
+        peak: bytes that it used at most beside what it shares.
+    """
+
+    pid: int
+    parent: int
+    connection: Connection
+    peak: int = 0
+
+    def send(self, item: Any, seed: int) -> None:
+        try:
+            self.connection.send((_as_numpy(item), seed))
+        except OSError as error:
+            raise self._ended() from error
+
+    def receive(self) -> Any:
+        try:
+            result, error, self.peak = self.connection.recv()
+        except (EOFError, OSError) as failure:
+            raise self._ended() from failure
+        if error is not None:
+            raise error
+        return _as_arrays(result)
+
+    def _ended(self) -> RunError:
+        return RunError(
+            "the process of another lane ended, perhaps for lack of memory; --lanes 1 does without"
+        )
+
+
+def _fork(function: Callable[[Any], Any]) -> _Other:
+    ours, theirs = Pipe()
+    try:
+        with warnings.catch_warnings():
+            # From Python 3.12 on, it warns that threads do not come along. None is needed.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+    except OSError as error:
+        raise RunError(f"no process for another lane ({error}); --lanes 1 does without") from error
+    if pid:
+        theirs.close()
+        return _Other(pid, os.getpid(), ours)
+    try:
+        # What is open in a process forked later ends with that one, and so all of them end.
+        ours.close()
+        _serve(function, theirs)
+    finally:
+        os._exit(1)
+
+
+def _serve(function: Callable[[Any], Any], connection: Connection) -> NoReturn:
+    """Compute what comes until nothing can come any more."""
+    # The first process decides when a signal ends the run.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    mx.set_default_stream(mx.new_stream(mx.cpu))
+    shared = mx.get_active_memory()
+    mx.reset_peak_memory()
+    while True:
+        try:
+            item, seed = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        result, failure = None, None
+        try:
+            result = _as_numpy(_compute(function, _as_arrays(item), seed))
+        except Exception as error:
+            failure = error
+        connection.send((result, failure, mx.get_peak_memory() - shared))
+
+
+def _compute(function: Callable[[Any], Any], item: Any, seed: int) -> Any:
+    mx.random.seed(seed)
+    result = function(item)
     mx.eval(result)
     return result
 
 
-class _Lane:
-    """A thread with a stream of its own.
-
-    It never ends: MLX would ask for Python's lock in the thread's last moment, and abort the
-    process where Python is ending, too.
-    """
-
-    def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        threading.Thread(target=self._run, name="lane", daemon=True).start()
-
-    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
-        """Have `function` called there."""
-        future: Future[Result] = Future()
-        self._work.put((future, function))
-        return future
-
-    def _run(self) -> None:
-        with mx.stream(mx.new_stream(mx.cpu)):
-            while True:
-                future, function = self._work.get()
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
-                del future, function
+def _end(others: list[_Other]) -> None:
+    while others:
+        other = others.pop()
+        other.connection.close()
+        # Other processes have this list, too, and may be about to forget it.
+        if other.parent == os.getpid():
+            os.kill(other.pid, signal.SIGKILL)
+            os.waitpid(other.pid, 0)
 
 
-@lru_cache
-def _lane(number: int) -> _Lane:
-    return _Lane()
+def _as_numpy(tree: Any) -> Any:
+    return tree_map(lambda leaf: np.array(leaf) if isinstance(leaf, mx.array) else leaf, tree)
+
+
+def _as_arrays(tree: Any) -> Any:
+    return tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)

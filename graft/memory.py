@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from graft.errors import InputError
+from graft.lanes import peak_elsewhere, reset_peak_elsewhere
 
 import mlx.core as mx
 
@@ -81,6 +82,17 @@ def machine_bytes() -> int:
     """Memory that the default device can use: the GPU's, or the machine's for a CPU."""
     size = mx.device_info().get("memory_size")
     return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes() -> int:
+    """Bytes that were in use at most, as MLX counts them, in lanes of other processes, too."""
+    return int(mx.get_peak_memory()) + peak_elsewhere()
+
+
+def reset_peak() -> None:
+    """Begin anew with `peak_bytes`."""
+    mx.reset_peak_memory()
+    reset_peak_elsewhere()
 
 
 def peak_of(work: Callable[[], object]) -> int:

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from graft.atomic import errors_name
+from graft.memory import peak_bytes
 from graft.reporters import Reporter
 
-import mlx.core as mx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -129,7 +129,7 @@ class RunLog:
         grad_norm: float,
     ) -> None:
         """Report the training loss since the last report."""
-        memory = mx.get_peak_memory()
+        memory = peak_bytes()
         self._write(
             "train",
             step=step,

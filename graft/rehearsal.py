@@ -12,7 +12,16 @@ from graft.backend import keep_whole_weights
 from graft.batches import Batch, TrainingBatches
 from graft.dataset import Split
 from graft.lanes import choose_lanes
-from graft.memory import Plan, choose_plan, machine_bytes, measure, parse_size, peak_of, set_limits
+from graft.memory import (
+    Plan,
+    choose_plan,
+    machine_bytes,
+    measure,
+    parse_size,
+    peak_of,
+    reset_peak,
+    set_limits,
+)
 from graft.options import Options, record
 from graft.recompute import checkpoint_blocks
 from graft.step import Arrays, Loss, UpdateStep
@@ -113,7 +122,7 @@ class Preparation:
             plan = choose_plan(asked, self.rehearse, budget=budget, available=available, held=held)
         set_limits(None if budget is None else max(budget - held, 0), plan.peak_bytes)
         mx.clear_cache()
-        mx.reset_peak_memory()
+        reset_peak()
         return plan
 
     def _lanes(self, rows: int) -> int:

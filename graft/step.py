@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.backend import CompiledStep
-from graft.lanes import groups, side_by_side
+from graft.lanes import Lanes, groups
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,8 +42,7 @@ class UpdateStep:
 
     The gradient is that of the mean loss over the tokens of all micro-batches together: each one's
     gradient weighs as its tokens do, so dividing a batch changes memory and not mathematics. Where
-    the loss or the norm is not finite, adapter and optimizer keep their values; this is decided
-    within the computation, without waiting for it.
+    the loss or the norm is not finite, there is no update: adapter and optimizer stay as they are.
 
     Args:
         model: with an adapter attached.
@@ -65,8 +64,8 @@ class UpdateStep:
         self._model = model
         self._optimizer = optimizer
         self._grad_clip = grad_clip
-        self._lanes = lanes
-        self._gradient = nn.value_and_grad(model, loss)
+        self._lane_count = lanes
+        self._lanes = Lanes(_gradients_of(model, loss), lanes)
         optimizer.init(model.trainable_parameters())
         self._states = [single.state for single in optimizer.optimizers]
         self._everything = [model.state, self._states, mx.random.state]
@@ -129,7 +128,7 @@ class UpdateStep:
         mx.eval(self._everything)
 
     def _sum(self, micro_batches: Sequence[Arrays], sums: dict[str, Any]) -> dict[str, Any]:
-        for group in groups(micro_batches, self._lanes):
+        for group in groups(micro_batches, self._lane_count):
             sums = self._accumulate(sums, group)
             mx.eval(sums)
         return sums
@@ -139,8 +138,8 @@ class UpdateStep:
         return {"loss": mx.array(0.0), "tokens": mx.array(0.0), "gradients": gradients}
 
     def _add_micro_batches(self, sums: dict[str, Any], group: Sequence[Arrays]) -> dict[str, Any]:
-        results = side_by_side(self._gradients, group)
-        for (mean, tokens), tree in results:
+        weights = adapter_parameters(self._model)
+        for (mean, tokens), tree in self._lanes([(weights, arrays) for arrays in group]):
             gradients = dict(tree_flatten(tree))
             sums = {
                 "loss": sums["loss"] + mean * tokens,
@@ -148,13 +147,6 @@ class UpdateStep:
                 "gradients": {p: s + gradients[p] * tokens for p, s in sums["gradients"].items()},
             }
         return sums
-
-    def _gradients(self, arrays: Arrays) -> tuple[tuple[mx.array, mx.array], Any]:
-        weights = adapter_parameters(self._model)
-        result = self._gradient(self._model, *arrays)
-        # Tracing leaves its own arrays in the model, and they belong to the stream of this lane.
-        self._model.update(tree_unflatten(list(weights.items())))
-        return result
 
     def _mean(self, sums: dict[str, Any]) -> tuple[dict[str, mx.array], mx.array, mx.array]:
         tokens = mx.maximum(sums["tokens"], 1)
@@ -164,6 +156,22 @@ class UpdateStep:
 
     def _apply(self, gradients: dict[str, mx.array]) -> None:
         self._optimizer.update(self._model, tree_unflatten(list(gradients.items())))
+
+
+def _gradients_of(model: nn.Module, loss: Loss) -> Callable[[Any], Any]:
+    """A function of an adapter's parameters and a micro-batch: loss, tokens, and the gradient."""
+    gradient = nn.value_and_grad(model, loss)
+
+    def gradients(item: tuple[dict[str, mx.array], Arrays]) -> Any:
+        weights, arrays = item
+        adapter = tree_unflatten(list(weights.items()))
+        model.update(adapter)
+        result = gradient(model, *arrays)
+        # Tracing leaves its own arrays in the model.
+        model.update(adapter)
+        return result
+
+    return gradients
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:

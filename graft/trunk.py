@@ -19,7 +19,7 @@ from typing import Any
 from graft.atomic import new_file
 from graft.batches import group_rows, pad
 from graft.dataset import Example, Split
-from graft.lanes import groups, side_by_side
+from graft.lanes import Lanes, groups
 from graft.memory import machine_bytes
 from graft.step import Arrays, Loss
 from graft.targets import block_paths
@@ -203,13 +203,13 @@ def _compute(
 ) -> None:
     examples = [example for split in splits.values() for example in split.examples]
     ends = np.cumsum([len(example) - 1 for example in examples])
-    for group in groups(group_rows(examples, rows), lanes):
-        found = side_by_side(lambda part: _enter(model, cut, pad(examples, part).inputs), group)
-        for part, array in zip(group, found, strict=True):
-            values = _to_numpy(array)
-            for place, row in enumerate(part):
-                length = len(examples[row]) - 1
-                states[ends[row] - length : ends[row]] = values[place, :length]
+    with Lanes(lambda part: _enter(model, cut, pad(examples, part).inputs), lanes) as enter:
+        for group in groups(group_rows(examples, rows), lanes):
+            for part, array in zip(group, enter(group), strict=True):
+                values = _to_numpy(array)
+                for place, row in enumerate(part):
+                    length = len(examples[row]) - 1
+                    states[ends[row] - length : ends[row]] = values[place, :length]
 
 
 def _with_states(splits: Mapping[str, Split], states: NDArray[Any]) -> dict[str, Split]:

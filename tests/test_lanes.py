@@ -1,17 +1,20 @@
 """Parts of a batch side by side give what the whole batch gives, the same every time."""
 
+import os
+import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import lora
 from graft import blas, lanes
 from graft.batches import TrainingBatches
-from graft.errors import InputError
-from graft.lanes import choose_lanes, groups, side_by_side
+from graft.errors import InputError, RunError
+from graft.lanes import Lanes, choose_lanes, groups
 from graft.loss import avoid_whole_logits
+from graft.memory import peak_bytes, reset_peak
 from graft.optimizers import make_optimizer, set_learning_rate
 from graft.step import UpdateStep, adapter_parameters
 
@@ -83,68 +86,170 @@ def test_an_evaluation_in_lanes_gives_the_same_loss() -> None:
 
 
 @on_cpu
-def test_each_lane_has_a_stream_and_a_blas_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_lane_has_a_process_and_a_blas_of_one_thread() -> None:
     functions = blas._thread_functions()
     if functions is None:
         pytest.skip("this BLAS cannot be told its threads")
     get, set_ = functions
     set_(2)
-    seen = []
 
-    def build(n: int) -> tuple[mx.Stream, mx.array]:
-        seen.append(get())
-        return mx.default_stream(mx.cpu), mx.ones(n)
+    def build(n: int) -> tuple[mx.array, mx.array, mx.array]:
+        return mx.array(os.getpid()), mx.array(get()), mx.ones(n)
 
-    results = side_by_side(build, [2, 3])
-    streams = {str(stream) for stream, _ in results} | {str(mx.default_stream(mx.cpu))}
-    assert len(streams) == 3
-    assert [array.tolist() for _, array in results] == [[1, 1], [1, 1, 1]]
-    assert seen == [1, 1]
+    with Lanes(build, 3) as side_by_side:
+        for _ in range(2):
+            pids, threads, ones = zip(*side_by_side([2, 3, 4]), strict=True)
+            assert pids[0].item() == os.getpid()
+            assert len({pid.item() for pid in pids}) == 3
+            assert [count.item() for count in threads] == [1, 1, 1]
+            assert [array.tolist() for array in ones] == [[1] * 2, [1] * 3, [1] * 4]
     assert get() == 2
 
 
 @on_cpu
-def test_lanes_are_busy_at_the_same_time() -> None:
-    # Each waits for the other within its evaluation, so one after the other would never end.
-    both = threading.Barrier(2, timeout=60)
-
+def test_lanes_are_busy_at_the_same_time(tmp_path: Path) -> None:
+    # From the second time on each waits for the other, so one after the other would never end.
     def build(n: int) -> mx.array:
+        if n > 1:
+            (tmp_path / str(n)).touch()
+            until = time.monotonic() + 60
+            while not all((tmp_path / name).exists() for name in ("2", "3")):
+                assert time.monotonic() < until
+                time.sleep(0.001)
         return mx.ones(n)
 
-    evaluate = mx.eval
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes.mx, "eval", lambda *arrays: (both.wait(), evaluate(*arrays)))
-        assert [array.size for array in side_by_side(build, [2, 3])] == [2, 3]
+    with Lanes(build, 2) as side_by_side:
+        side_by_side([1, 1])
+        assert [array.size for array in side_by_side([2, 3])] == [2, 3]
 
 
 @on_cpu
-def test_what_fails_in_a_lane_fails_for_the_caller() -> None:
-    def build(n: int) -> mx.array:
-        if n == 3:
-            raise ValueError("three")
-        return mx.ones(n)
+def test_items_and_results_are_trees_of_arrays() -> None:
+    def double(item: dict[str, Any]) -> dict[str, Any]:
+        return {"twice": [2 * item["x"], (item["y"],)], "name": mx.array(len(item["name"]))}
 
-    with pytest.raises(ValueError, match="three"):
-        side_by_side(build, [2, 3])
-    assert [array.size for array in side_by_side(build, [4, 5])] == [4, 5]
+    items = [{"x": mx.arange(n), "y": mx.array([n > 2]), "name": "ab"} for n in (2, 3)]
+    with Lanes(double, 2) as side_by_side:
+        _, found = side_by_side(items)
+    assert found["twice"][0].tolist() == [0, 2, 4]
+    assert found["twice"][1][0].tolist() == [True] and found["twice"][1][0].dtype == mx.bool_
+    assert found["name"].item() == 2
 
 
 @on_cpu
-def test_a_process_that_used_lanes_ends_in_peace() -> None:
+def test_what_is_not_evaluated_yet_is_there_in_every_lane() -> None:
+    # An array that waits for the first process's worker would wait for ever in another.
+    table = mx.exp(mx.arange(5.0)) + 1
+    with Lanes(lambda n: table * n, 2) as side_by_side:
+        one, three = side_by_side([1, 3])
+    assert mx.array_equal(three, one * 3)
+
+
+@on_cpu
+@pytest.mark.parametrize("failing", [2, 3])
+def test_what_fails_in_a_lane_fails_for_the_caller(failing: int) -> None:
+    def build(n: int) -> mx.array:
+        if n == failing:
+            raise ValueError(f"no {n}")
+        return mx.ones(n)
+
+    with Lanes(build, 2) as side_by_side:
+        with pytest.raises(ValueError, match=f"no {failing}"):
+            side_by_side([2, 3])
+        assert [array.size for array in side_by_side([4, 5])] == [4, 5]
+
+
+@on_cpu
+def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
+    with Lanes(mx.ones, 2) as side_by_side:
+        side_by_side([2, 3])
+        os.kill(side_by_side._others[0].pid, signal.SIGKILL)
+        with pytest.raises(RunError, match="--lanes 1"):
+            side_by_side([2, 3])
+        assert [array.size for array in side_by_side([4, 5])] == [4, 5]
+
+
+@on_cpu
+def test_no_more_processes_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(lanes.os, "fork", fail)
+    with Lanes(mx.ones, 2) as side_by_side, pytest.raises(RunError, match=r"unavail.*--lanes 1"):
+        side_by_side([2, 3])
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or nobody has asked yet how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@on_cpu
+def test_processes_end_with_the_lanes() -> None:
+    side_by_side = Lanes(mx.ones, 3)
+    side_by_side([1, 2, 3])
+    pids = [other.pid for other in side_by_side._others]
+    assert not any(map(ended, pids))
+    del side_by_side
+    assert all(map(ended, pids))
+
+
+@on_cpu
+@pytest.mark.parametrize("end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_process_that_used_lanes_ends_in_peace_and_leaves_none(end: str) -> None:
     code = (
-        "import graft, mlx.core as mx; from graft.lanes import side_by_side\n"
+        "import graft, mlx.core as mx; from graft.lanes import Lanes\n"
         "compiled = mx.compile(lambda x: x + 1)\n"
-        "side_by_side(lambda n: compiled(mx.ones(n)), [2, 3])"
+        "mx.eval(compiled(mx.ones(3)))\n"
+        "first, second = (Lanes(lambda n: compiled(mx.ones(n)), 3) for _ in range(2))\n"
+        "first([2, 3, 4]); second([2, 3, 4])\n"
+        "print(*(other.pid for lanes in (first, second) for other in lanes._others), flush=True)\n"
     )
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
-        assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run(
+        [sys.executable, "-c", code + end], capture_output=True, cwd=ROOT, text=True
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL if end else 0, "")
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 4
+    until = time.monotonic() + 60
+    while not all(map(ended, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@on_cpu
+def test_signals_are_left_to_the_first_process() -> None:
+    with Lanes(mx.ones, 2) as side_by_side:
+        side_by_side([2, 3])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(side_by_side._others[0].pid, number)
+        assert [array.size for array in side_by_side([4, 5])] == [4, 5]
+
+
+@on_cpu
+@pytest.mark.usefixtures("exact_memory")
+def test_the_peak_counts_what_other_processes_use_beside_what_they_share() -> None:
+    shared = mx.ones(10**6)
+    mx.eval(shared)
+    reset_peak()
+    with Lanes(lambda n: (shared[:n] * 2).sum(), 3) as side_by_side:
+        side_by_side([10**6] * 3)
+    here = mx.get_peak_memory()
+    assert here == pytest.approx(8e6, rel=0.01)
+    assert peak_bytes() - here == pytest.approx(8e6, rel=0.01)
+    reset_peak()
+    assert peak_bytes() == mx.get_peak_memory()
 
 
 def test_a_single_item_is_left_to_the_caller_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes.mx, "eval", lambda *a: pytest.fail("evaluated"))
-    before = mx.default_stream(mx.default_device())
-    assert side_by_side(lambda n: mx.default_stream(mx.default_device()), [1]) == [before]
+    monkeypatch.setattr(lanes, "_fork", lambda *a: pytest.fail("forked"))
+    assert Lanes(lambda n: n + 1, 2)([1]) == [2]
 
 
 def test_a_gpu_computes_a_batch_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
