@@ -124,31 +124,13 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
     )
 
-    def batches_of(split: str) -> list[list[list[int]]]:
-        texts = [row["text"] for row in _rows(arguments.data, split)]
-        found = (tokenizer(text)["input_ids"][: MAX_TOKENS - 1] for text in texts)
-        rows = sorted(([*ids, tokenizer.eos_token_id] for ids in found), key=len)
-        return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
-
-    def loss_of(batch: list[list[int]]) -> Any:
-        width = -(-max(map(len, batch)) // 32) * 32
-        ids, labels, mask = (torch.full((BATCH, width), value) for value in (0, -100, 0))
-        for row, values in enumerate(batch):
-            ids[row, : len(values)] = labels[row, : len(values)] = torch.tensor(values)
-            mask[row, : len(values)] = 1
-        inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        return model(**{name: array.to(device) for name, array in inputs.items()}).loss
-
-    def tokens_of(batch: list[list[int]]) -> int:
-        return sum(len(values) - 1 for values in batch)
-
     def is_reached() -> bool:
         with torch.no_grad():
-            sums = [(loss_of(batch).item() * tokens_of(batch), tokens_of(batch)) for batch in valid]
+            sums = [(_torch_loss(model, b).item() * _tokens_of(b), _tokens_of(b)) for b in valid]
         total, tokens = map(sum, zip(*sums, strict=True))
         return bool(total / tokens <= arguments.loss)
 
-    batches, valid = batches_of("train"), batches_of("valid")
+    batches, valid = (_batches(arguments.data, name, tokenizer) for name in ("train", "valid"))
     order = np.random.default_rng(0).permutation(len(batches))
     tokens, start = 0, 0.0
     reached: dict[str, float] = {}
@@ -158,13 +140,36 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
         if step == WARM_UP:
             tokens, start = 0, time.perf_counter()
         batch = batches[order[step % len(batches)]]
-        loss = loss_of(batch)
+        loss = _torch_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        tokens += tokens_of(batch)
+        tokens += _tokens_of(batch)
     loss.item()
     return {"tokens_per_second": tokens / (time.perf_counter() - start), **reached}
+
+
+def _batches(data: Path, split: str, tokenizer: Any) -> list[list[list[int]]]:
+    """Rows of token ids, by length and as many as make a batch."""
+    found = (tokenizer(row["text"])["input_ids"] for row in _rows(data, split))
+    rows = sorted(([*ids[: MAX_TOKENS - 1], tokenizer.eos_token_id] for ids in found), key=len)
+    return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+
+
+def _tokens_of(batch: list[list[int]]) -> int:
+    return sum(len(values) - 1 for values in batch)
+
+
+def _torch_loss(model: Any, batch: list[list[int]]) -> Any:
+    import torch
+
+    width = -(-max(map(len, batch)) // 32) * 32
+    ids, labels, mask = (torch.full((BATCH, width), value) for value in (0, -100, 0))
+    for row, values in enumerate(batch):
+        ids[row, : len(values)] = labels[row, : len(values)] = torch.tensor(values)
+        mask[row, : len(values)] = 1
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return model(**{name: array.to(model.device) for name, array in inputs.items()}).loss
 
 
 def generate_with_mlx_lm(arguments: Any) -> dict[str, float]:
