@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ from graft.errors import InputError, Parser, command
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAFT = "graft"
+FEW_STEPS = 4
 # How to run each tool: whether with Graft's BLAS, and how many steps are worth waiting for.
 PEERS: dict[str, tuple[str, bool, int]] = {
     "mlx-lm": ("mlx-lm", True, STEPS),
-    "mlx-lm-as-installed": ("mlx-lm", False, 4),
+    "mlx-lm-as-installed": ("mlx-lm", False, FEW_STEPS),
     "peft": ("peft", False, STEPS),
 }
 NOT_QUANTIZED_ONLY = ("peft",)
+SLOW_IF_QUANTIZED = ("mlx-lm",)
 SERVERS = ("mlx-lm",)
 
 Figures = dict[str, float]
@@ -126,7 +129,10 @@ def runs_of(
     work: Work, peers: Sequence[str], folder: Path, scratch: Path, peft_python: str
 ) -> dict[str, Callable[[], Figures]]:
     """How to run Graft and the peers that can do a work."""
+    from graft.backend import runs_on_cpu
+
     model, data = folder / work.model, folder / "data"
+    quantized = "bits" in bench_work.MODELS[work.model]
     if work.requests:
         tools = [GRAFT, *(peer for peer in peers if peer in SERVERS)]
         return {tool: _server(tool, work, model, scratch / "served") for tool in tools}
@@ -138,8 +144,10 @@ def runs_of(
         runs = {GRAFT: lambda: run_graft(work, model, data, scratch)}
     for peer in peers:
         tool, with_blas, steps = PEERS[peer]
-        if peer in NOT_QUANTIZED_ONLY and ("bits" in bench_work.MODELS[work.model] or work.tokens):
+        if peer in NOT_QUANTIZED_ONLY and (quantized or work.tokens):
             continue
+        if tool in SLOW_IF_QUANTIZED and quantized and runs_on_cpu():
+            steps = FEW_STEPS
         if work.steps and steps < STEPS:
             continue
         runs[peer] = _peer(
@@ -296,7 +304,8 @@ def _measure(arguments: Sequence[str]) -> Done:
     start, started = time.perf_counter(), time.time()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(arguments, stdout=output, stderr=errors, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
+        with _Watch(child.pid) as watch:
+            _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -304,9 +313,50 @@ def _measure(arguments: Sequence[str]) -> Done:
         if child.returncode:
             told = errors.read().decode(errors="replace").strip().splitlines() or ["nothing said"]
             raise InputError(f"{' '.join(arguments[3:5])} failed: {told[-1]}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        figures = {"seconds": seconds, "resident_bytes": float(usage.ru_maxrss * unit)}
+        resident = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        figures = {"seconds": seconds, "resident_bytes": float(max(resident, watch.most))}
         return Done(figures, output.read().decode(), started)
+
+
+class _Watch(threading.Thread):
+    """While in its context, asks every second what a process and its children take (Linux).
+
+    Attributes:
+        most: bytes resident, those that processes share counted once.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+        self._pid, self._ended = pid, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(1):
+            self.most = max(self.most, _resident_bytes(self._pid))
+
+    def __enter__(self) -> "_Watch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def _resident_bytes(pid: int) -> int:
+    """Of a process and those that it started; 0 where the system does not tell."""
+    place = Path("/proc", str(pid))
+    try:
+        lines = (place / "smaps_rollup").read_text().splitlines()
+        children = [child for task in place.glob("task/*/children") for child in _numbers(task)]
+    except OSError:  # It has ended, or this is not Linux.
+        return 0
+    own = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return own + sum(map(_resident_bytes, children))
+
+
+def _numbers(path: Path) -> list[int]:
+    return list(map(int, path.read_text().split()))
 
 
 if __name__ == "__main__":

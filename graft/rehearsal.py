@@ -82,8 +82,7 @@ class Preparation:
     def rehearse(self, plan: Plan, part: int) -> int:
         """Peak bytes of an update of the widest rows, and of measuring, where all tokens count.
 
-        Lanes are rehearsed one by one, and come to their peaks at the same time: now and then they
-        nearly do.
+        Lanes are processes: rehearsed one by one, what they take is added up.
 
         Args:
             plan: how to compute the rows.

@@ -4,7 +4,6 @@ import shlex
 import signal
 
 from graft.batches import TrainingBatches
-from graft.lanes import choose_lanes
 from graft.memory import Plan, machine_bytes, size_text
 from graft.options import Options
 from graft.progress import Progress
@@ -38,14 +37,12 @@ def memory(plan: Plan, options: Options) -> str:
     if not plan.peak_bytes:
         there = f"more than the {available / 1e9:.0f} GB that there are"
         return f"memory: {there}; --memory-budget {size_text(available)} chooses what fits"
-    # Lanes seldom come to their peaks together, and may.
-    about = "about" if choose_lanes(options.lanes, plan.rows) == 1 else "at most"
     if options.memory_budget is None:
-        return f"memory: {about} {plan.peak_bytes / 1e9:.2f} GB of {available / 1e9:.0f} GB"
+        return f"memory: about {plan.peak_bytes / 1e9:.2f} GB of {available / 1e9:.0f} GB"
     rows = f"{plan.rows} of {options.batch_size} rows at a time"
     blocks = "recomputed" if plan.recompute else "kept"
     return (
-        f"memory: {rows}, the inside of blocks {blocks}: {about} {size_text(plan.peak_bytes)} of "
+        f"memory: {rows}, the inside of blocks {blocks}: about {size_text(plan.peak_bytes)} of "
         f"{options.memory_budget}"
     )
 

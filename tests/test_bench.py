@@ -125,6 +125,23 @@ def test_a_tool_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         bench._measure([sys.executable, "-c", code, "tool", "model"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_memory_of_children_counts_and_what_they_share_counts_once() -> None:
+    code = """
+import os, time
+shared = bytearray(b"x") * 100_000_000
+for _ in range(2):
+    if not os.fork():
+        own = bytearray(b"y") * 50_000_000
+        time.sleep(5)
+        os._exit(0)
+time.sleep(5)
+"""
+    figures = bench._measure([sys.executable, "-c", code]).figures
+    assert 2e8 < figures["resident_bytes"] < 2.3e8
+    assert figures["seconds"] > 5
+
+
 @pytest.mark.slow
 def test_graft_and_mlx_lm_run_on_models_that_are_made_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lora
 from graft import summary
-from graft.backend import runs_on_cpu
 from graft.batches import TrainingBatches
 from graft.dataset import Example
 from graft.memory import Plan, machine_bytes, parse_size
@@ -18,8 +17,6 @@ import numpy as np
 import pytest
 from tiny import LLAMA, TEXTS, write_model, write_rows
 
-on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="a GPU has one lane")
-
 
 def rows(*lengths: int) -> list[Example]:
     return [Example(np.zeros(n, dtype=np.int32), np.ones(n, dtype=np.bool_)) for n in lengths]
@@ -28,7 +25,7 @@ def rows(*lengths: int) -> list[Example]:
 def test_before_the_first_step() -> None:
     """By hand: of two rows in one batch, one is half as long as the other."""
     batches = TrainingBatches(rows(129, 65), 2, accumulation=2)
-    options = Options(batch_size=2, grad_accumulation_steps=2, lanes=1)
+    options = Options(batch_size=2, grad_accumulation_steps=2)
     plan = Plan(2, False, 1_230_000_000)
     said = summary.before(batches, options, plan, steps=1000, step=0).splitlines()
     assert said[0] == "training: 1,000 steps of 4 rows in 2 parts, 1 to an epoch, 25.0% padding"
@@ -49,18 +46,12 @@ def test_packed_rows_are_told_with_what_is_in_them() -> None:
 
 def test_what_was_chosen_for_a_budget_is_told() -> None:
     batches = TrainingBatches(rows(65, 65), 2, accumulation=4)
-    options = Options(batch_size=4, grad_accumulation_steps=2, memory_budget="1.5GiB", lanes=1)
+    options = Options(batch_size=4, grad_accumulation_steps=2, memory_budget="1.5GiB")
     said = summary.before(batches, options, Plan(2, True, 1_230_000_000), steps=9, step=0)
     assert "9 steps of 8 rows in 4 parts" in said
     assert said.endswith(
         "memory: 2 of 4 rows at a time, the inside of blocks recomputed: about 1.23GB of 1.5GiB"
     )
-
-
-@on_cpu
-def test_of_lanes_the_most_is_told_that_they_may_take() -> None:
-    said = summary.memory(Plan(2, False, 1_230_000_000), Options(lanes=2))
-    assert said.startswith("memory: at most 1.23 GB of ")
 
 
 def test_what_cannot_fit_names_the_way_out() -> None:
