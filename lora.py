@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -515,7 +516,7 @@ def run_training(
         print(
             summary.before(run.batches, options, run.plan, steps=run.steps, step=run.progress.step)
         )
-    with Interrupts() as interrupts, run.log, settled():
+    with Interrupts() as interrupts, run.log, settled(), closing(run.update):
         run.files.save_options(options)
         train(run, interrupts)
         traces, needed = run.update.traces

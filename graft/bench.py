@@ -313,8 +313,9 @@ def _measure(arguments: Sequence[str]) -> Done:
         if child.returncode:
             told = errors.read().decode(errors="replace").strip().splitlines() or ["nothing said"]
             raise InputError(f"{' '.join(arguments[3:5])} failed: {told[-1]}")
-        resident = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        figures = {"seconds": seconds, "resident_bytes": float(max(resident, watch.most))}
+        # Only where nothing better is known: it counts the process that started this one, too.
+        resident = watch.most or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        figures = {"seconds": seconds, "resident_bytes": float(resident)}
         return Done(figures, output.read().decode(), started)
 
 

@@ -30,21 +30,20 @@ Item = TypeVar("Item")
 
 
 def choose_lanes(asked: int | None, batch_size: int) -> int:
-    """How many lanes: by default one a core on Linux's CPU, whose BLAS can be told to use one.
+    """How many lanes: by default one a core on Linux's CPU, and elsewhere always one.
 
     Args:
         asked: by the user.
         batch_size: rows that there are to divide.
 
     Raises:
-        InputError: several were asked for on a GPU.
+        InputError: several were asked for elsewhere.
     """
-    if not runs_on_cpu():
-        if asked not in (None, 1):
-            raise InputError(f"--lanes {asked}: a GPU computes a batch as a whole; give 1")
-        return 1
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    return min(asked or cores, batch_size)
+    if sys.platform == "linux" and runs_on_cpu():
+        return min(asked or len(os.sched_getaffinity(0)), batch_size)
+    if asked not in (None, 1):
+        raise InputError(f"--lanes {asked}: only Linux's CPU has several; give 1")
+    return 1
 
 
 def groups(items: Sequence[Item], lanes: int) -> list[Sequence[Item]]:

@@ -23,6 +23,9 @@ OPTIMIZERS: dict[str, Callable[[float], optim.Optimizer]] = {
     "muon": lambda decay: optim.Muon(0.0, weight_decay=decay),
 }
 WITHOUT_WEIGHT_DECAY = ("adam",)
+LORA_B = "lora_b"
+# Values of an array that is updated by itself.
+LARGE = 2**18
 # What these do to an entry depends on the rows and columns around it.
 MATRIX_WISE = ("adafactor", "muon")
 
@@ -47,7 +50,7 @@ def make_optimizer(name: str, *, weight_decay: float = 0.0) -> optim.MultiOptimi
         raise InputError(f"--weight-decay {weight_decay}: {name} has none; take adamw")
     pair = [OPTIMIZERS[name](weight_decay) for _ in range(2)]
     kind = optim.MultiOptimizer if name in MATRIX_WISE else _FlatOptimizer
-    return kind(pair, [lambda path, array: path.endswith("lora_b")])
+    return kind(pair, [lambda path, array: path.endswith(LORA_B)])
 
 
 def set_learning_rate(
@@ -76,9 +79,10 @@ def make_schedule(
 
 
 class _FlatOptimizer(optim.MultiOptimizer):
-    """Updates all parameters of a group as one vector.
+    """Updates all small parameters of a group as one vector.
 
-    An adapter has hundreds of small matrices, and calling an operation takes longer than it.
+    An adapter has hundreds of small matrices, and calling an operation takes longer than it. Large
+    ones stay as they are, since joining them takes memory.
     """
 
     def init(self, parameters: Any) -> None:
@@ -92,12 +96,12 @@ class _FlatOptimizer(optim.MultiOptimizer):
 
 
 def _joined(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Vectors of all arrays of a type, those named `lora_b` apart."""
-    groups = _groups(arrays)
-    return {
-        name: mx.concatenate([arrays[path].reshape(-1) for path in paths])
-        for name, paths in groups.items()
-    }
+    """A vector of each group of arrays."""
+    vectors = {}
+    for name, paths in _groups(arrays).items():
+        parts = [arrays[path].reshape(-1) for path in paths]
+        vectors[name] = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+    return vectors
 
 
 def _divided(vectors: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -111,10 +115,14 @@ def _divided(vectors: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> d
 
 
 def _groups(arrays: Mapping[str, mx.array]) -> dict[str, list[str]]:
+    """The paths of small arrays of a type, those of `lora_b` apart, and of each large one."""
     groups: dict[str, list[str]] = {}
     for path, array in arrays.items():
-        kind = "lora_b" if path.endswith("lora_b") else "others"
-        groups.setdefault(f"{array.dtype} {kind}".removeprefix("mlx.core."), []).append(path)
+        if array.size < LARGE:
+            name = LORA_B if path.endswith(LORA_B) else "others"
+        else:
+            name = path.replace(".", " ")  # A dot would make a tree of it.
+        groups.setdefault(f"{array.dtype} {name}".removeprefix("mlx.core."), []).append(path)
     return groups
 
 

@@ -128,8 +128,8 @@ class Options:
     )
     lanes: int | None = option(
         None,
-        "parts of a batch that are computed side by side (default: one a core on Linux's CPU, or "
-        "1; a GPU has 1)",
+        "parts of a batch that are computed side by side, each by a process (default: one a core "
+        "on Linux's CPU; elsewhere there is 1)",
         at_least=1,
     )
     grad_accumulation_steps: int = option(

@@ -13,6 +13,7 @@ from graft.lanes import Lanes, groups
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 # (inputs, targets, trained), and documents where rows are packed.
@@ -75,13 +76,14 @@ class UpdateStep:
 
     def __call__(self, micro_batches: Sequence[Arrays]) -> StepResult:
         """Update the adapter; a micro-batch is what `loss` takes, each array (rows, tokens)."""
-        sums = self._sum(micro_batches, self._zeros())
-        gradients, loss, norm = self._measure(sums)
+        gradients, loss, norm, tokens = self._measure(self._sum(micro_batches, self._zeros()))
         good = bool((mx.isfinite(loss) & mx.isfinite(norm)).item())
         if good:
             self._update(gradients)
+            # MLX computes in place what nobody else refers to.
+            del gradients
             mx.eval(self._everything)
-        return StepResult(loss.item(), int(sums["tokens"].item()), norm.item(), good)
+        return StepResult(loss.item(), int(tokens.item()), norm.item(), good)
 
     def rehearse(self, micro_batches: Sequence[Arrays], *, more: bool = False) -> None:
         """Do the work of an update and change nothing, to see what memory it takes.
@@ -90,14 +92,20 @@ class UpdateStep:
             micro_batches: one for each lane.
             more: whether an update has others besides, so that sums are there from the start.
         """
-        sums = self._zeros()
-        mx.eval(self._everything, sums if more else [])
-        before = self.state()
-        gradients, loss, norm = self._measure(self._sum(micro_batches, sums))
+        before = {name: _copy(array) for name, array in self.state().items()}
+        zeros = self._zeros()
+        mx.eval(self._everything, zeros if more else [])
+        gradients, loss, norm, _ = self._measure(self._sum(micro_batches, zeros))
+        del zeros
         mx.eval(loss, norm)
         self._update(gradients)
+        del gradients
         mx.eval(self._everything)
-        self.restore(before)
+        self.restore({name: array() for name, array in before.items()})
+
+    def close(self) -> None:
+        """End the processes of other lanes; another update would start new ones."""
+        self._lanes.close()
 
     @property
     def traces(self) -> tuple[int, int]:
@@ -148,11 +156,11 @@ class UpdateStep:
             }
         return sums
 
-    def _mean(self, sums: dict[str, Any]) -> tuple[dict[str, mx.array], mx.array, mx.array]:
+    def _mean(self, sums: dict[str, Any]) -> tuple[dict[str, mx.array], *tuple[mx.array, ...]]:
         tokens = mx.maximum(sums["tokens"], 1)
         gradients = {path: total / tokens for path, total in sums["gradients"].items()}
         gradients, norm = clip(gradients, self._grad_clip)
-        return gradients, sums["loss"] / tokens, norm
+        return gradients, sums["loss"] / tokens, norm, sums["tokens"]
 
     def _apply(self, gradients: dict[str, mx.array]) -> None:
         self._optimizer.update(self._model, tree_unflatten(list(gradients.items())))
@@ -187,6 +195,12 @@ def clip(gradients: dict[str, mx.array], limit: float) -> tuple[dict[str, mx.arr
         return gradients, norm
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)
     return {path: gradient * factor for path, gradient in gradients.items()}, norm
+
+
+def _copy(array: mx.array) -> Callable[[], mx.array]:
+    """What gives the array again, without a reference to it, nor memory of MLX."""
+    dtype, shape, raw = array.dtype, array.shape, np.array(array.reshape(-1).view(mx.uint8))
+    return lambda: mx.array(raw).view(dtype).reshape(shape)
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any, mx.array]]:

@@ -148,8 +148,9 @@ def test_graft_and_mlx_lm_run_on_models_that_are_made_here(
 ) -> None:
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
     monkeypatch.setitem(MODELS, "tiny", {**tiny, "bits": 4})
+    monkeypatch.setitem(MODELS, "tiny-whole", tiny)
     monkeypatch.setitem(WORKS, "tiny", Work("tiny", "two layers"))
-    monkeypatch.setitem(WORKS, "tiny-loss", Work("tiny", "to a loss", loss=99.0, steps=10))
+    monkeypatch.setitem(WORKS, "tiny-loss", Work("tiny-whole", "to a loss", loss=99.0, steps=10))
     monkeypatch.setitem(WORKS, "tiny-generation", Work("tiny", "eight tokens", tokens=8))
     monkeypatch.setattr(bench_work, "ROWS", 40)
     monkeypatch.setattr(bench_work, "TOKENIZER_VOCABULARY", 512)
