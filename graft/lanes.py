@@ -116,6 +116,9 @@ class Lanes:
         return busy
 
 
+_peak = 0
+
+
 def peak_elsewhere() -> int:
     """Bytes that lanes of other processes used at most beside what they share, since the reset."""
     return _peak
@@ -123,15 +126,13 @@ def peak_elsewhere() -> int:
 
 def reset_peak_elsewhere() -> None:
     """Begin anew with `peak_elsewhere`."""
-    _note_peak(-_peak)
-
-
-_peak = 0
+    global _peak
+    _peak = 0
 
 
 def _note_peak(size: int) -> None:
     global _peak
-    _peak = max(_peak, size) if size >= 0 else 0
+    _peak = max(_peak, size)
 
 
 @dataclass
