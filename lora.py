@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
 from graft import options as run_options
@@ -148,11 +148,11 @@ def evaluate(
     examples = sample_rows(split.examples, rows, seed=seed)
     total, tokens = 0.0, 0
     parts = groups(group_rows(examples, at_a_time or batch_size), lanes)
-    with Lanes(lambda batch: loss(model, *_arrays(batch)), lanes) as side_by_side:
+    with Lanes(lambda batch: loss(model, *_arrays(batch))) as side_by_side:
         for batches in ahead([pad(examples, rows) for rows in part] for part in parts):
             for mean, count in side_by_side(batches):
-                total += _number(mean) * _number(count)
-                tokens += int(_number(count))
+                total += mean.item() * count.item()
+                tokens += int(count.item())
     return Evaluation(total / max(tokens, 1), tokens, time.perf_counter() - start)
 
 
@@ -316,6 +316,7 @@ def report(run: Run) -> None:
 def validate(run: Run) -> None:
     """Measure on the validation rows, and keep the adapter if it is the best so far."""
     options, step = run.options, run.progress.step
+    run.update.close()  # Measuring has lanes of its own, which take memory, too.
     result = evaluate(
         run.model,
         run.valid,
@@ -516,30 +517,32 @@ def run_training(
         print(
             summary.before(run.batches, options, run.plan, steps=run.steps, step=run.progress.step)
         )
-    with Interrupts() as interrupts, run.log, settled(), closing(run.update):
+    with Interrupts() as interrupts, run.log, settled():
         run.files.save_options(options)
-        train(run, interrupts)
+        with closing(run.update):
+            train(run, interrupts)
         traces, needed = run.update.traces
         if traces:
             run.log.event(run.progress.step, "traced", traces=traces, needed=needed)
             run.log.say(f"compiled {traces} times, {needed} were needed")
         run.log.say(summary.after(run.progress, run.files, options, interrupts.received))
         if options.test and not interrupts.received:
-            run_test(model, splits["test"], options, run.log, step=run.progress.step)
+            run_test(model, splits["test"], options, run.log, run.plan.rows, run.progress.step)
     return interrupts.exit_status
 
 
 def run_test(
-    model: nn.Module, split: Split, options: Options, log: RunLog, *, step: int | None = None
+    model: nn.Module, split: Split, options: Options, log: RunLog, rows: int, step: int | None
 ) -> None:
-    """`--test`: measure on the test rows."""
+    """`--test`: measure on the test rows, so many at a time."""
     result = evaluate(
         model,
         split,
         options.batch_size,
         num_batches=options.test_batches,
         seed=options.seed,
-        lanes=choose_lanes(options.lanes, options.batch_size),
+        lanes=choose_lanes(options.lanes, rows),
+        at_a_time=rows,
     )
     log.evaluation(step, "test", result)
 
@@ -578,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_adapter(model, options)
         if options.test:
             with RunLog() as log:
-                run_test(model, splits["test"], options, log)
+                run_test(model, splits["test"], options, log, options.batch_size, None)
     if options.prompt is not None:
         if is_cut(model):
             model, _, _ = load_model(options.model)
@@ -590,10 +593,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arrays(batch: Batch) -> tuple[mx.array, ...]:
     parts = (batch.inputs, batch.targets, batch.trained, batch.documents)
     return tuple(mx.array(part) for part in parts if part is not None)
-
-
-def _number(scalar: mx.array) -> float:
-    return cast(float, scalar.item())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,10 +321,10 @@ def _measure(arguments: Sequence[str]) -> Done:
 
 
 class _Watch(threading.Thread):
-    """While in its context, asks every second what a process and its children take (Linux).
+    """While in its context, asks twice a second what a process and its children take (Linux).
 
     Attributes:
-        most: bytes resident, those that processes share counted once.
+        most: bytes resident: the process's own peak, and what its children had besides.
     """
 
     def __init__(self, pid: int) -> None:
@@ -332,8 +333,9 @@ class _Watch(threading.Thread):
         self._pid, self._ended = pid, threading.Event()
 
     def run(self) -> None:
-        while not self._ended.wait(1):
-            self.most = max(self.most, _resident_bytes(self._pid))
+        while not self._ended.wait(0.5):
+            others = sum(_value(child, "smaps_rollup", "Pss:") for child in _children(self._pid))
+            self.most = max(self.most, _value(self._pid, "status", "VmHWM:") + others)
 
     def __enter__(self) -> "_Watch":
         self.start()
@@ -344,20 +346,22 @@ class _Watch(threading.Thread):
         self.join()
 
 
-def _resident_bytes(pid: int) -> int:
-    """Of a process and those that it started; 0 where the system does not tell."""
-    place = Path("/proc", str(pid))
-    try:
-        lines = (place / "smaps_rollup").read_text().splitlines()
-        children = [child for task in place.glob("task/*/children") for child in _numbers(task)]
-    except OSError:  # It has ended, or this is not Linux.
-        return 0
-    own = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
-    return own + sum(map(_resident_bytes, children))
+def _value(pid: int, file: str, name: str) -> int:
+    """A size in bytes that the system tells of a process; 0 where it does not."""
+    with suppress(OSError):
+        for line in Path("/proc", str(pid), file).read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
-def _numbers(path: Path) -> list[int]:
-    return list(map(int, path.read_text().split()))
+def _children(pid: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    found: list[int] = []
+    for path in Path("/proc", str(pid)).glob("task/*/children"):
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found + [other for child in found for other in _children(child)]
 
 
 if __name__ == "__main__":

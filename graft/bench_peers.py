@@ -146,6 +146,8 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
         optimizer.zero_grad()
         tokens += _tokens_of(batch)
     loss.item()
+    if arguments.loss and not reached and is_reached():
+        reached = {"reached_at": time.time()}
     return {"tokens_per_second": tokens / (time.perf_counter() - start), **reached}
 
 

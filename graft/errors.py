@@ -20,7 +20,15 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on, through no fault of its input: says what was seen, in one line."""
+    """A run that cannot go on, through no fault of its input: says what was seen, in one line.
+
+    Attributes:
+        status: what the command exits with.
+    """
+
+    def __init__(self, text: str, *, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +48,8 @@ def command(main: Main) -> Callable[..., int]:
     """Wrap a command's ``main(argv=None)`` so that expected failures end in one line.
 
     Returns:
-        ``main`` with exit status 2 after an `InputError`, 1 after a `RunError` or a full disk, 130
-        after Ctrl-C.
+        ``main`` with exit status 2 after an `InputError`, that of a `RunError` after one, 1 after a
+        full disk, 130 after Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -53,7 +61,7 @@ def command(main: Main) -> Callable[..., int]:
             return 2
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return error.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -200,7 +200,7 @@ def _chunk(
     loss = (top + mx.log(total) - wanted)[:, 0] * trained
     missing = mx.take_along_axis(powers, places, axis=-1) - total
     error, scale = mx.put_along_axis(powers, places, missing, axis=-1), trained[:, None] / total
-    if raw.dtype == mx.float32:
+    if raw.dtype == hidden.dtype == mx.float32:
         _, (gradient,) = mx.vjp(project, [hidden], [error])
         return loss.sum(), [gradient * scale]
     # Half precision may not hold what is not scaled.

@@ -85,7 +85,7 @@ def machine_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Bytes that were in use at most, as MLX counts them, in lanes of other processes, too."""
+    """Bytes that were in use at most, as MLX counts them, and in lanes of other processes."""
     return int(mx.get_peak_memory()) + peak_elsewhere()
 
 

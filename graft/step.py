@@ -66,7 +66,7 @@ class UpdateStep:
         self._optimizer = optimizer
         self._grad_clip = grad_clip
         self._lane_count = lanes
-        self._lanes = Lanes(_gradients_of(model, loss), lanes)
+        self._lanes = Lanes(_gradients_of(model, loss))
         optimizer.init(model.trainable_parameters())
         self._states = [single.state for single in optimizer.optimizers]
         self._everything = [model.state, self._states, mx.random.state]

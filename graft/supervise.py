@@ -69,7 +69,9 @@ def supervise(
     """
     arguments = list(command)
     for left in range(restarts, -1, -1):
+        # A training that lost one of its own processes exits with 128 and the signal's number.
         status = _run(arguments)
+        status = 128 - status if status > 128 else status
         if not _died(status) or left == 0:
             break
         batch_size, accumulation = smaller_batches(batch_size, accumulation)

@@ -203,7 +203,7 @@ def _compute(
 ) -> None:
     examples = [example for split in splits.values() for example in split.examples]
     ends = np.cumsum([len(example) - 1 for example in examples])
-    with Lanes(lambda part: _enter(model, cut, pad(examples, part).inputs), lanes) as enter:
+    with Lanes(lambda part: _enter(model, cut, pad(examples, part).inputs)) as enter:
         for group in groups(group_rows(examples, rows), lanes):
             for part, array in zip(group, enter(group), strict=True):
                 values = _to_numpy(array)

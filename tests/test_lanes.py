@@ -23,7 +23,9 @@ import pytest
 from fast_cases import ARCHITECTURES, arrays, make_adapted, make_examples
 
 ROOT = Path(__file__).resolve().parents[1]
-on_cpu = pytest.mark.skipif(not lanes.runs_on_cpu(), reason="lanes are for the CPU")
+on_cpu = pytest.mark.skipif(
+    sys.platform != "linux" or not lanes.runs_on_cpu(), reason="lanes are for Linux's CPU"
+)
 LENGTHS = [19, 9, 25, 2, 14, 30, 7, 22]
 
 
@@ -96,7 +98,7 @@ def test_each_lane_has_a_process_and_a_blas_of_one_thread() -> None:
     def build(n: int) -> tuple[mx.array, mx.array, mx.array]:
         return mx.array(os.getpid()), mx.array(get()), mx.ones(n)
 
-    with Lanes(build, 3) as side_by_side:
+    with Lanes(build) as side_by_side:
         for _ in range(2):
             pids, threads, ones = zip(*side_by_side([2, 3, 4]), strict=True)
             assert pids[0].item() == os.getpid()
@@ -118,7 +120,7 @@ def test_lanes_are_busy_at_the_same_time(tmp_path: Path) -> None:
                 time.sleep(0.001)
         return mx.ones(n)
 
-    with Lanes(build, 2) as side_by_side:
+    with Lanes(build) as side_by_side:
         side_by_side([1, 1])
         assert [array.size for array in side_by_side([2, 3])] == [2, 3]
 
@@ -129,7 +131,7 @@ def test_items_and_results_are_trees_of_arrays() -> None:
         return {"twice": [2 * item["x"], (item["y"],)], "name": mx.array(len(item["name"]))}
 
     items = [{"x": mx.arange(n), "y": mx.array([n > 2]), "name": "ab"} for n in (2, 3)]
-    with Lanes(double, 2) as side_by_side:
+    with Lanes(double) as side_by_side:
         _, found = side_by_side(items)
     assert found["twice"][0].tolist() == [0, 2, 4]
     assert found["twice"][1][0].tolist() == [True] and found["twice"][1][0].dtype == mx.bool_
@@ -140,7 +142,7 @@ def test_items_and_results_are_trees_of_arrays() -> None:
 def test_what_is_not_evaluated_yet_is_there_in_every_lane() -> None:
     # An array that waits for the first process's worker would wait for ever in another.
     table = mx.exp(mx.arange(5.0)) + 1
-    with Lanes(lambda n: table * n, 2) as side_by_side:
+    with Lanes(lambda n: table * n) as side_by_side:
         one, three = side_by_side([1, 3])
     assert mx.array_equal(three, one * 3)
 
@@ -153,19 +155,77 @@ def test_what_fails_in_a_lane_fails_for_the_caller(failing: int) -> None:
             raise ValueError(f"no {n}")
         return mx.ones(n)
 
-    with Lanes(build, 2) as side_by_side:
+    with Lanes(build) as side_by_side:
         with pytest.raises(ValueError, match=f"no {failing}"):
             side_by_side([2, 3])
         assert [array.size for array in side_by_side([4, 5])] == [4, 5]
 
 
+class Unpicklable(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+@on_cpu
+def test_an_error_comes_with_where_it_was_even_if_it_cannot_be_pickled() -> None:
+    def build(n: int) -> mx.array:
+        if n == 3:
+            raise Unpicklable(n, 4)
+        return mx.ones(n)
+
+    with Lanes(build) as side_by_side, pytest.raises(RunError, match=r"Unp.*3 and 4") as raised:
+        side_by_side([2, 3])
+    assert "in build" in "".join(raised.value.__notes__)
+
+
+@on_cpu
+def test_processes_are_started_as_they_are_needed() -> None:
+    with Lanes(mx.ones) as side_by_side:
+        for count in (1, 3, 2, 4):
+            assert len(side_by_side(range(count))) == count
+        assert len(side_by_side._others) == 3
+
+
+@on_cpu
+def test_where_children_are_reaped_by_the_system_nothing_fails() -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "import graft, mlx.core as mx; from graft.lanes import Lanes\n"
+        "with Lanes(mx.ones) as side_by_side: side_by_side([1, 2, 3])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@on_cpu
+def test_a_busy_process_ends_with_the_first() -> None:
+    code = (
+        "import graft, os, signal, time, mlx.core as mx; from graft.lanes import Lanes\n"
+        "def wait(n):\n"
+        "    if n == 9: time.sleep(600)\n"
+        "    return mx.ones(n)\n"
+        "side_by_side = Lanes(wait); side_by_side([1, 2])\n"
+        "side_by_side._hand_out([(9, 0)])\n"
+        "print(side_by_side._others[0].pid, flush=True); time.sleep(1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True, timeout=60
+    )
+    until = time.monotonic() + 60
+    while not ended(int(done.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @on_cpu
 def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
-    with Lanes(mx.ones, 2) as side_by_side:
+    with Lanes(mx.ones) as side_by_side:
         side_by_side([2, 3])
         os.kill(side_by_side._others[0].pid, signal.SIGKILL)
-        with pytest.raises(RunError, match="--lanes 1"):
+        with pytest.raises(RunError, match="--lanes 1") as raised:
             side_by_side([2, 3])
+        assert raised.value.status == 137
         assert [array.size for array in side_by_side([4, 5])] == [4, 5]
 
 
@@ -177,7 +237,7 @@ def test_no_more_processes_is_an_error_that_says_what_to_do(
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(lanes.os, "fork", fail)
-    with Lanes(mx.ones, 2) as side_by_side, pytest.raises(RunError, match=r"unavail.*--lanes 1"):
+    with Lanes(mx.ones) as side_by_side, pytest.raises(RunError, match=r"unavail.*--lanes 1"):
         side_by_side([2, 3])
 
 
@@ -185,13 +245,13 @@ def ended(pid: int) -> bool:
     """Whether a process is gone, or nobody has asked yet how it ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
 @on_cpu
 def test_processes_end_with_the_lanes() -> None:
-    side_by_side = Lanes(mx.ones, 3)
+    side_by_side = Lanes(mx.ones)
     side_by_side([1, 2, 3])
     pids = [other.pid for other in side_by_side._others]
     assert not any(map(ended, pids))
@@ -206,7 +266,7 @@ def test_a_process_that_used_lanes_ends_in_peace_and_leaves_none(end: str) -> No
         "import graft, mlx.core as mx; from graft.lanes import Lanes\n"
         "compiled = mx.compile(lambda x: x + 1)\n"
         "mx.eval(compiled(mx.ones(3)))\n"
-        "first, second = (Lanes(lambda n: compiled(mx.ones(n)), 3) for _ in range(2))\n"
+        "first, second = (Lanes(lambda n: compiled(mx.ones(n))) for _ in range(2))\n"
         "first([2, 3, 4]); second([2, 3, 4])\n"
         "print(*(other.pid for lanes in (first, second) for other in lanes._others), flush=True)\n"
     )
@@ -224,7 +284,7 @@ def test_a_process_that_used_lanes_ends_in_peace_and_leaves_none(end: str) -> No
 
 @on_cpu
 def test_signals_are_left_to_the_first_process() -> None:
-    with Lanes(mx.ones, 2) as side_by_side:
+    with Lanes(mx.ones) as side_by_side:
         side_by_side([2, 3])
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(side_by_side._others[0].pid, number)
@@ -238,10 +298,11 @@ def test_the_peak_counts_what_other_processes_use_beside_what_they_share() -> No
     shared = mx.ones(10**6)
     mx.eval(shared)
     reset_peak()
-    with Lanes(lambda n: (shared[:n] * 2).sum(), 3) as side_by_side:
+    with Lanes(lambda n: (shared[:n] * 2).sum()) as side_by_side:
         side_by_side([10**6] * 3)
     here = mx.get_peak_memory()
     assert here - before == pytest.approx(8e6, rel=0.01)
+    # Two others, each with the product only.
     assert peak_bytes() - here == pytest.approx(8e6, rel=0.01)
     reset_peak()
     assert peak_bytes() == mx.get_peak_memory()
@@ -250,7 +311,7 @@ def test_the_peak_counts_what_other_processes_use_beside_what_they_share() -> No
 def test_a_single_item_is_left_to_the_caller_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes.mx, "eval", lambda *a: pytest.fail("evaluated"))
     monkeypatch.setattr(lanes, "_fork", lambda *a: pytest.fail("forked"))
-    assert Lanes(lambda n: n + 1, 2)([1]) == [2]
+    assert Lanes(lambda n: n + 1)([1]) == [2]
 
 
 def test_a_gpu_computes_a_batch_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

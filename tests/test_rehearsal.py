@@ -131,6 +131,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Plan]] = {
     "dropout": ("llama", {"dropout": 0.1}, Plan(4, False)),
     "dora": ("llama", {"method": "dora"}, Plan(4, False)),
     "full": ("llama", {"method": "full"}, Plan(1, False)),
+    "full, two lanes": ("llama", {"method": "full", "lanes": 2}, Plan(4, False)),
     "qwen2, tied": ("qwen2", {}, Plan(4, False)),
     "gemma": ("gemma", {}, Plan(4, False)),
     "gemma2, logits capped": ("gemma2", {}, Plan(4, False)),
