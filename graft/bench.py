@@ -324,7 +324,7 @@ class _Watch(threading.Thread):
     """While in its context, asks twice a second what a process and its children take (Linux).
 
     Attributes:
-        most: bytes resident: the process's own peak, and what its children had besides.
+        most: bytes resident: the process's own peak, and what its children had to themselves.
     """
 
     def __init__(self, pid: int) -> None:
@@ -334,8 +334,8 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(0.5):
-            others = sum(_value(child, "smaps_rollup", "Pss:") for child in _children(self._pid))
-            self.most = max(self.most, _value(self._pid, "status", "VmHWM:") + others)
+            sizes = (_value(pid, "smaps_rollup", "Private_Dirty:") for pid in _children(self._pid))
+            self.most = max(self.most, _value(self._pid, "status", "VmHWM:") + sum(sizes))
 
     def __enter__(self) -> "_Watch":
         self.start()
