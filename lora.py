@@ -130,6 +130,7 @@ def evaluate(
     seed: int = 0,
     lanes: int = 1,
     at_a_time: int | None = None,
+    side_by_side: Callable[[Sequence[Any]], list[Any]] | None = None,
 ) -> Evaluation:
     """The loss over a split, every token weighing the same whatever the batch size.
 
@@ -141,6 +142,7 @@ def evaluate(
         seed: of that sample.
         lanes: how much is computed side by side.
         at_a_time: rows in each lane; by default a batch.
+        side_by_side: computes the losses; by default lanes of its own.
     """
     start = time.perf_counter()
     model.eval()
@@ -148,9 +150,9 @@ def evaluate(
     examples = sample_rows(split.examples, rows, seed=seed)
     total, tokens = 0.0, 0
     parts = groups(group_rows(examples, at_a_time or batch_size), lanes)
-    with Lanes(lambda batch: loss(model, *_arrays(batch))) as side_by_side:
+    with Lanes(lambda arrays: loss(model, *arrays)) as own:
         for batches in ahead([pad(examples, rows) for rows in part] for part in parts):
-            for mean, count in side_by_side(batches):
+            for mean, count in (side_by_side or own)([_arrays(batch) for batch in batches]):
                 total += mean.item() * count.item()
                 tokens += int(count.item())
     return Evaluation(total / max(tokens, 1), tokens, time.perf_counter() - start)
@@ -262,10 +264,9 @@ def meet_bad_step(run: Run, batches: Sequence[Batch], result: StepResult) -> boo
     """
     progress, rows = run.progress, [row for batch in batches for row in batch.rows]
     seen = f"loss {result.loss}, gradient norm {result.grad_norm}, rows {rows}"
-    run.log.event(
-        progress.step, "bad_step", loss=result.loss, grad_norm=result.grad_norm, rows=rows
-    )
-    run.log.say(f"step {progress.step:>5}  not finite, so nothing was changed: {seen}")
+    step, norm = progress.step, result.grad_norm
+    run.log.event(step, "bad_step", loss=result.loss, grad_norm=norm, rows=rows)
+    run.log.say(f"step {step:>5}  not finite, so nothing was changed: {seen}")
     if progress.bad_steps < run.options.max_bad_steps:
         return False
     if progress.went_back:
@@ -316,7 +317,6 @@ def report(run: Run) -> None:
 def validate(run: Run) -> None:
     """Measure on the validation rows, and keep the adapter if it is the best so far."""
     options, step = run.options, run.progress.step
-    run.update.close()  # Measuring has lanes of its own, which take memory, too.
     result = evaluate(
         run.model,
         run.valid,
@@ -325,6 +325,7 @@ def validate(run: Run) -> None:
         seed=options.seed,
         lanes=choose_lanes(options.lanes, run.plan.rows),
         at_a_time=run.plan.rows,
+        side_by_side=run.update.losses,
     )
     run.log.evaluation(step, "valid", result)
     if step and run.progress.validated(result.loss):

@@ -66,7 +66,7 @@ class UpdateStep:
         self._optimizer = optimizer
         self._grad_clip = grad_clip
         self._lane_count = lanes
-        self._lanes = Lanes(_gradients_of(model, loss))
+        self._lanes = Lanes(_computing(model, loss))
         optimizer.init(model.trainable_parameters())
         self._states = [single.state for single in optimizer.optimizers]
         self._everything = [model.state, self._states, mx.random.state]
@@ -102,6 +102,15 @@ class UpdateStep:
         del gradients
         mx.eval(self._everything)
         self.restore({name: array() for name, array in before.items()})
+
+    def losses(self, micro_batches: Sequence[Arrays]) -> list[tuple[mx.array, mx.array]]:
+        """Loss and tokens of each micro-batch, without an update, in the same lanes.
+
+        Args:
+            micro_batches: at most one for each lane.
+        """
+        weights = adapter_parameters(self._model)
+        return self._lanes([(weights, arrays, False) for arrays in micro_batches])
 
     def close(self) -> None:
         """End the processes of other lanes; another update would start new ones."""
@@ -147,7 +156,7 @@ class UpdateStep:
 
     def _add_micro_batches(self, sums: dict[str, Any], group: Sequence[Arrays]) -> dict[str, Any]:
         weights = adapter_parameters(self._model)
-        for (mean, tokens), tree in self._lanes([(weights, arrays) for arrays in group]):
+        for (mean, tokens), tree in self._lanes([(weights, arrays, True) for arrays in group]):
             gradients = dict(tree_flatten(tree))
             sums = {
                 "loss": sums["loss"] + mean * tokens,
@@ -166,20 +175,24 @@ class UpdateStep:
         self._optimizer.update(self._model, tree_unflatten(list(gradients.items())))
 
 
-def _gradients_of(model: nn.Module, loss: Loss) -> Callable[[Any], Any]:
-    """A function of an adapter's parameters and a micro-batch: loss, tokens, and the gradient."""
+def _computing(model: nn.Module, loss: Loss) -> Callable[[Any], Any]:
+    """A function of (adapter parameters, micro-batch, whether to train).
+
+    It gives loss and tokens, and with them the gradient where it is to train.
+    """
     gradient = nn.value_and_grad(model, loss)
 
-    def gradients(item: tuple[dict[str, mx.array], Arrays]) -> Any:
-        weights, arrays = item
+    def compute(item: tuple[dict[str, mx.array], Arrays, bool]) -> Any:
+        weights, arrays, training = item
         adapter = tree_unflatten(list(weights.items()))
+        model.train(training)
         model.update(adapter)
-        result = gradient(model, *arrays)
+        result = (gradient if training else loss)(model, *arrays)
         # Tracing leaves its own arrays in the model.
         model.update(adapter)
         return result
 
-    return gradients
+    return compute
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
