@@ -138,7 +138,7 @@ for _ in range(2):
 time.sleep(5)
 """
     figures = bench._measure([sys.executable, "-c", code]).figures
-    assert 2e8 < figures["resident_bytes"] < 2.3e8
+    assert 2e8 < figures["resident_bytes"] < 3.5e8  # 4e8 if each had its own of all
     assert figures["seconds"] > 5
 
 
