@@ -1,7 +1,6 @@
 """Items made while those before them are in use."""
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -15,6 +14,8 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
     Nothing is made before the first is asked for. What fails in making one is raised where it is
     asked for.
     """
+    from concurrent.futures import ThreadPoolExecutor  # Not for --help, which it would slow down.
+
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as maker:
         coming = maker.submit(next, iterator, _END)

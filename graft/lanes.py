@@ -19,8 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from graft import blas
 from graft.backend import runs_on_cpu
@@ -29,6 +28,9 @@ from graft.errors import InputError, RunError
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 Item = TypeVar("Item")
 
@@ -147,7 +149,7 @@ class _Other:
 
     pid: int
     parent: int
-    connection: Connection
+    connection: "Connection"
     peak: int = 0
 
     def send(self, item: Any, seed: int) -> None:
@@ -180,6 +182,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _fork(function: Callable[[Any], Any]) -> _Other:
+    from multiprocessing.connection import Pipe  # Not for --help, which it would slow down.
+
     mx.synchronize()
     ours, theirs = Pipe()
     parent, before = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -201,7 +205,7 @@ def _fork(function: Callable[[Any], Any]) -> _Other:
     return _Other(pid, parent, ours)
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection, parent: int) -> NoReturn:
+def _serve(function: Callable[[Any], Any], connection: "Connection", parent: int) -> NoReturn:
     """Compute what comes until nothing can come any more."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
