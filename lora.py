@@ -246,7 +246,6 @@ def take_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     # Randomness is a function of the step alone, so a resumed run drops out the same inputs.
     mx.random.seed(run.options.seed * 1_000_003 + run.progress.step)
     set_learning_rate(run.optimizer, run.learning_rate, lora_plus_ratio=run.options.lora_plus_ratio)
-    run.model.train()
     result = run.update([_arrays(batch) for batch in batches])
     run.progress.add(result, seconds=time.perf_counter() - start)
     run.log.step(run.progress.step)

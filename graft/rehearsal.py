@@ -91,7 +91,6 @@ class Preparation:
         batches, update = self(plan)
         widest = [_arrays(batch, part) for batch in batches.widest()]
         more = batches.step_size > plan.rows
-        self.model.train()
         peaks = [peak_of(partial(update.rehearse, [one], more=more)) for one in widest]
         if part == 1:
             measured = peak_of(lambda: self._measure_longest(plan.rows))

@@ -11,6 +11,7 @@ from typing import Any
 import lora
 from graft import blas, lanes
 from graft.batches import TrainingBatches
+from graft.dataset import Split
 from graft.errors import InputError, RunError
 from graft.lanes import Lanes, choose_lanes, groups
 from graft.loss import avoid_whole_logits
@@ -47,6 +48,21 @@ def train(
     return losses, adapter_parameters(model)
 
 
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or nobody has asked yet how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    until = time.monotonic() + 60
+    while not all(map(ended, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @on_cpu
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -76,8 +92,6 @@ def test_the_same_training_gives_the_same_bits() -> None:
 
 @on_cpu
 def test_an_evaluation_in_lanes_gives_the_same_loss() -> None:
-    from graft.dataset import Split
-
     model = make_adapted("qwen2")
     split = Split(make_examples(LENGTHS))
     whole = lora.evaluate(model, split, 3)
@@ -85,6 +99,24 @@ def test_an_evaluation_in_lanes_gives_the_same_loss() -> None:
         found = lora.evaluate(model, split, 3, lanes=number)
         assert found.loss == pytest.approx(whole.loss, rel=1e-6)
         assert found.tokens == whole.tokens
+
+
+@on_cpu
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_training_measures_with_what_it_has_learnt_and_nothing_dropped_out(number: int) -> None:
+    model, examples = make_adapted("llama", dropout=0.5), make_examples(LENGTHS)
+    optimizer = make_optimizer("sgd")
+    update = UpdateStep(model, lora.loss, optimizer, lanes=number)
+    set_learning_rate(optimizer, 1e-1)
+    batches = TrainingBatches(examples, 4, lanes=number)
+    losses = []
+    for _ in range(3):
+        update([arrays(batch) for batch in next(batches)])
+        alone = lora.evaluate(model, Split(examples), 3)
+        found = lora.evaluate(model, Split(examples), 3, lanes=number, side_by_side=update.losses)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+        losses.append(found.loss)
+    assert len(set(losses)) == 3
 
 
 @on_cpu
@@ -212,10 +244,7 @@ def test_a_busy_process_ends_with_the_first() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True, timeout=60
     )
-    until = time.monotonic() + 60
-    while not ended(int(done.stdout)):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for_the_end_of([int(done.stdout)])
 
 
 @on_cpu
@@ -239,14 +268,6 @@ def test_no_more_processes_is_an_error_that_says_what_to_do(
     monkeypatch.setattr(lanes.os, "fork", fail)
     with Lanes(mx.ones) as side_by_side, pytest.raises(RunError, match=r"unavail.*--lanes 1"):
         side_by_side([2, 3])
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or nobody has asked yet how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 @on_cpu
@@ -276,10 +297,7 @@ def test_a_process_that_used_lanes_ends_in_peace_and_leaves_none(end: str) -> No
     assert (done.returncode, done.stderr) == (-signal.SIGKILL if end else 0, "")
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 4
-    until = time.monotonic() + 60
-    while not all(map(ended, pids)):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for_the_end_of(pids)
 
 
 @on_cpu

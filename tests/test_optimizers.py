@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from graft import optimizers
 from graft.errors import InputError
 from graft.optimizers import (
     OPTIMIZERS,
@@ -60,7 +61,12 @@ def test_every_name_of_the_options_is_there() -> None:
 @pytest.mark.parametrize(
     ("name", "decay"), [(n, d) for n in OWN for d in (0.0, DECAY) if n != "adam" or not d]
 )
-def test_an_optimizer_is_mlx_s_own(name: str, decay: float) -> None:
+@pytest.mark.parametrize("large", [optimizers.LARGE, 11, 1])
+def test_an_optimizer_is_mlx_s_own(
+    name: str, decay: float, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all arrays are joined, the smaller ones or none."""
+    monkeypatch.setattr(optimizers, "LARGE", large)
     optimizer = make_optimizer(name, weight_decay=decay)
     set_learning_rate(optimizer, RATE)
     found, expected = trained(optimizer), trained(OWN[name](decay))
