@@ -20,20 +20,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from graft.atomic import check_free, new_folder
 from graft.errors import InputError, command
-from graft.hugging_face import find_folder, open_hugging_face_folder
-from graft.loading import build_model, quantize_as_saved
-from graft.meta_llama import open_meta_folder
-from graft.mlx_names import (
+from graft.pretrained.hugging_face import find_folder, open_hugging_face_folder
+from graft.pretrained.load import build_model, quantize_as_saved
+from graft.pretrained.meta import open_meta_folder
+from graft.pretrained.mlx_names import (
     collapsed,
     parameters_of,
     quantization_of,
     translated,
     under_mlx_names,
 )
-from graft.tensors import LazyTensor, blocks, check_fit, size_bytes
-from graft.weight_files import Output, write_npz, write_safetensors
+from graft.storage.atomic import check_free, new_folder
+from graft.storage.lazy_tensors import LazyTensor, blocks, check_fit, size_bytes
+from graft.storage.weight_files import Output, write_npz, write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn

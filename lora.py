@@ -18,39 +18,39 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
-from graft import options as run_options
-from graft import summary
-from graft.adapters import (
+from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.files import (
     AdapterRecord,
     apply_adapter,
     layer_settings,
     load_adapter,
     save_adapter,
 )
-from graft.ahead import ahead
-from graft.attach import attach, count_parameters, lora_layers
-from graft.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
-from graft.dataset import Split, describe, load_splits
+from graft.adapters.targets import plan_run, read_originals
+from graft.data.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
+from graft.data.examples import Split, describe, load_splits
 from graft.errors import RunError, command
-from graft.interrupts import Interrupts
-from graft.lanes import Lanes, choose_lanes, groups
-from graft.loading import fingerprint, load_model
-from graft.loss import avoid_whole_logits
-from graft.memory import Plan, parse_size, settled
-from graft.metrics import Evaluation, RunLog
-from graft.optimizers import make_optimizer, make_schedule, set_learning_rate
-from graft.options import DEFAULT_ADAPTER, DEFAULT_ITERS, NO_ADAPTER, Options
-from graft.packing import find_capacity, forward
-from graft.progress import Progress, Window
-from graft.rehearsal import Preparation
-from graft.reporters import REPORTERS
-from graft.run_files import RunFiles, check_options, check_same
-from graft.step import StepResult, UpdateStep
-from graft.supervise import is_supervised, supervise_run
-from graft.targets import plan_run, read_originals
-from graft.tokenizer import Tokenizer
-from graft.training_state import Checkpoint
-from graft.trunk import cache_trunk, is_cut
+from graft.pretrained.load import fingerprint, load_model
+from graft.pretrained.tokenizer import Tokenizer
+from graft.runtime.interrupts import Interrupts
+from graft.runtime.prefetch import ahead
+from graft.runtime.workers import Lanes, choose_lanes, groups
+from graft.training import messages as summary
+from graft.training import options as run_options
+from graft.training.activation_cache import cache_trunk, is_cut
+from graft.training.checkpoints import Checkpoint
+from graft.training.chunked_loss import avoid_whole_logits
+from graft.training.dry_run import Preparation
+from graft.training.memory_plan import Plan, parse_size, settled
+from graft.training.metrics import Evaluation, RunLog
+from graft.training.optimizers import make_optimizer, make_schedule, set_learning_rate
+from graft.training.options import DEFAULT_ADAPTER, DEFAULT_ITERS, NO_ADAPTER, Options
+from graft.training.packing import find_capacity, forward
+from graft.training.progress import Progress, Window
+from graft.training.reporters import REPORTERS
+from graft.training.run_folder import RunFiles, check_options, check_same
+from graft.training.step import StepResult, UpdateStep
+from graft.training.supervisor import is_supervised, supervise_run
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,7 +60,7 @@ RUN_SPLITS = ("train", "valid")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; the options are declared in `graft.options`."""
+    """The parser of the command line; the options are declared in `graft.training.options`."""
     return run_options.build_parser(__doc__.splitlines()[0])
 
 
@@ -362,7 +362,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 def generate(model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
     """Print the prompt and the model's answer, every `--write-every` tokens."""
-    from graft.engine import Engine
+    from graft.engine.engine import Engine
 
     assert options.prompt is not None
     print(options.prompt, end="", flush=True)

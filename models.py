@@ -1,7 +1,8 @@
 """What LoRA adapts and how: a frozen linear layer plus a trained low-rank update.
 
-Knows MLX and nothing else of Graft. Architectures come from mlx-lm; `graft.attach` puts these
-layers into them, and `graft.layers` has the same for every other kind of layer.
+Knows MLX and nothing else of Graft. Architectures come from mlx-lm; `graft.adapters.attach` puts
+these
+layers into them, and `graft.adapters.adapted_layer` has the same for every other kind of layer.
 
     y = W x + scale * B^T (A^T x),   scale = alpha / rank
 

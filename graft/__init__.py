@@ -1,6 +1,6 @@
 """Graft: LoRA fine-tuning on MLX."""
 
-from graft import blas
+from graft.runtime import blas
 
 __version__ = "0.1.0"
 

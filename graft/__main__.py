@@ -10,18 +10,21 @@ from graft import __version__
 from graft.errors import InputError, command
 
 VERBS = {
-    "bench": ("graft.bench:main", "measure speed and memory, beside other tools"),
-    "chat": ("graft.chatting:main", "talk to a model, and choose adapters between answers"),
+    "bench": ("graft.cli.bench:main", "measure speed and memory, beside other tools"),
+    "chat": ("graft.cli.chat:main", "talk to a model, and choose adapters between answers"),
     "convert": ("convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
-    "dataset": ("graft.docstrings:main", "build a dataset from the documentation of packages"),
-    "export": ("graft.exporting:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
-    "extract": ("graft.merging:main_extract", "find the adapter between two models"),
-    "fuse": ("graft.fusing:main", "write a model with its adapter inside"),
-    "inspect": ("graft.inspecting:main", "say what an adapter file is"),
+    "dataset": ("graft.corpus.build:main", "build a dataset from the documentation of packages"),
+    "export": ("graft.exporting.export:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
+    "extract": ("graft.exporting.merge:main_extract", "find the adapter between two models"),
+    "fuse": ("graft.exporting.fuse:main", "write a model with its adapter inside"),
+    "inspect": ("graft.exporting.describe:main", "say what an adapter file is"),
     "lora": ("lora:main", "train, evaluate and generate with an adapter"),
-    "merge": ("graft.merging:main_merge", "make one adapter of several"),
-    "serve": ("graft.serving:main", "serve a model with many adapters over HTTP"),
-    "targets": ("graft.targets:main", "show what can be adapted, and what options would train"),
+    "merge": ("graft.exporting.merge:main_merge", "make one adapter of several"),
+    "serve": ("graft.server.launch:main", "serve a model with many adapters over HTTP"),
+    "targets": (
+        "graft.adapters.targets:main",
+        "show what can be adapted, and what options would train",
+    ),
 }
 
 

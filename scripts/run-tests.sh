@@ -2,7 +2,7 @@
 # Sets up an environment for development and runs every check. Arguments go to pytest, for instance:
 #
 #   run-tests.sh --slow                     the slow tests too
-#   run-tests.sh tests/test_blas.py -k mkl
+#   run-tests.sh tests/runtime/test_blas.py -k mkl
 #
 # GRAFT_TEST_REFERENCE=1 adds PEFT and PyTorch's CPU build, where pip finds it, for the tests that compare with them.
 set -euo pipefail

@@ -80,7 +80,7 @@ see_to_blas() {
 }
 
 has_fast_blas() {
-    "$PYTHON" -c 'import sys; from graft import blas; sys.exit(blas.loaded() is None)' 2>/dev/null
+    "$PYTHON" -c 'import sys; from graft.runtime import blas; sys.exit(blas.loaded() is None)' 2>/dev/null
 }
 
 see_to_compiler() {

@@ -10,16 +10,16 @@ from typing import Any
 
 import convert
 from graft.errors import InputError
-from graft.weight_files import open_safetensors
+from graft.storage.weight_files import open_safetensors
 
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
-from layouts import TOKENS, WIDE, config_of, logits_of, weights_of, write_meta
 from mlx.utils import tree_flatten
 
-ROOT = Path(__file__).resolve().parents[1]
+from support import tiny
+from support.layouts import TOKENS, WIDE, config_of, logits_of, weights_of, write_meta
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_blocks_of_rows_quantize_as_the_whole(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert.convert(tmp_path / "whole", hf_path=llama, quantize=True)
-    monkeypatch.setattr("graft.tensors.BLOCK_BYTES", 7 * 128 * 4)
+    monkeypatch.setattr("graft.storage.lazy_tensors.BLOCK_BYTES", 7 * 128 * 4)
     convert.convert(tmp_path / "rows", hf_path=llama, quantize=True)
     whole, rows = (tmp_path / name / "weights.npz" for name in ("whole", "rows"))
     assert whole.read_bytes() == rows.read_bytes()

@@ -8,7 +8,8 @@ import convert
 
 import numpy as np
 import pytest
-from layouts import TOKENS, WIDE, logits_of, meta_name, params_of, weights_of
+
+from support.layouts import TOKENS, WIDE, logits_of, meta_name, params_of, weights_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -4,13 +4,12 @@ import errno
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from graft.errors import InputError, Parser, command
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from support.paths import ROOT
 
 
 def raising(error: BaseException) -> int:

@@ -13,26 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import lora
-from graft import atomic
-from graft.adapters import load_adapter
-from graft.attach import lora_layers
-from graft.batches import Batch, TrainingBatches, pad
-from graft.dataset import Example, Split, tokenize
-from graft.loading import load_model
-from graft.metrics import Evaluation, RunLog
-from graft.options import Options
-from graft.rows import Row
-from graft.sources import read_jsonl
-from graft.tokenizer import SentencePieceTokenizer
+from graft.adapters.attach import lora_layers
+from graft.adapters.files import load_adapter
+from graft.data.batches import Batch, TrainingBatches, pad
+from graft.data.examples import Example, Split, tokenize
+from graft.data.rows import Row
+from graft.data.sources import read_jsonl
+from graft.pretrained.load import load_model
+from graft.pretrained.tokenizer import SentencePieceTokenizer
+from graft.storage import atomic
+from graft.training.metrics import Evaluation, RunLog
+from graft.training.options import Options
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import tiny
 from mlx.utils import tree_flatten
 
-ROOT = Path(__file__).resolve().parents[1]
+from support import tiny
+from support.paths import ROOT
+
 TRAIN = tiny.TEXTS * 3
 # Three rows: a batch of four is never full.
 TEST = [*tiny.TEXTS[:2], "The lazy dog."]

@@ -1,5 +1,5 @@
 import models
-from graft.backend import DequantizingLinear
+from graft.runtime.cpu import DequantizingLinear
 from models import LoRALayer, LoRALinear, dense_weight, linear_dims
 
 import mlx.core as mx

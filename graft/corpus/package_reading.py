@@ -1,0 +1,370 @@
+"""Reads what a package documents.
+
+Python and stub files are parsed, never run (griffe); compiled modules are left to child processes
+(`graft.corpus.inspect_compiled`). Knows nothing of what becomes of the docstrings.
+"""
+
+import ast
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.corpus.inspect_compiled import inspect_modules
+from graft.corpus.packages import Files, Package, find_files, have_same_owner, top_level
+from graft.corpus.public_names import (
+    Module,
+    Name,
+    PublicObject,
+    documented,
+    merge_modules,
+    public_objects,
+)
+from graft.runtime.interrupts import Interrupts
+
+import griffe
+
+_FILES_WORTH_PROCESSES = 200  # reading fewer is done before processes have started
+_TEST_MODULE = re.compile(r"tests|test_\w*|conftest")
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Documentation:
+    """What a package documents.
+
+    Attributes:
+        package: the package read.
+        modules: how many of its modules were read.
+        objects: its public objects, each once.
+        skipped: what could not be read, and why.
+    """
+
+    package: Package
+    modules: int
+    objects: list[PublicObject]
+    skipped: dict[str, str]
+
+
+def read_package(
+    package: Package, *, workers: int, report: Report = lambda done, total: None
+) -> Documentation:
+    """Read what a package documents.
+
+    Args:
+        package: one of `find_packages`.
+        workers: processes at once.
+        report: called with the number of modules read and the number known of, time and again.
+    """
+    reading = _Reading(workers, report)
+    roots = [package.root]
+    while roots:
+        reading.parse(roots)
+        roots = reading.private_siblings(package.name)
+    reading.inspect()
+    read = len(reading.modules)
+    _add_parents(reading.modules, package.root)
+    objects = public_objects(reading.modules, package.root)
+    return Documentation(package, read, objects, reading.skipped)
+
+
+class _Reading:
+    """A package as far as it is read.
+
+    Attributes:
+        modules: what was read, by dotted path.
+        skipped: what was not, and why.
+    """
+
+    def __init__(self, workers: int, report: Report) -> None:
+        self.modules: dict[str, Module] = {}
+        self.skipped: dict[str, str] = {}
+        self._files: dict[str, Files] = {}
+        self._roots: set[str] = set()
+        self._workers = workers
+        self._report = report
+        self._done = 0
+        self._total = 0
+
+    def parse(self, roots: Iterable[str]) -> None:
+        """Read the sources and stubs of packages."""
+        found: dict[str, Files] = {}
+        for root in roots:
+            self._roots.add(root)
+            found |= self._without_tests(root, find_files(root))
+        self._files |= found
+        readable = {path: files for path, files in found.items() if files.source or files.stub}
+        self._total += len(readable)
+        for path, module, problems in _parse_all(readable, self._workers):
+            if module:
+                self.modules[path] = module
+            self.skipped |= problems
+            self._step()
+
+    def _without_tests(self, root: str, files: dict[str, Files]) -> dict[str, Files]:
+        kept = {
+            path: those
+            for path, those in files.items()
+            if not any(map(_TEST_MODULE.fullmatch, path.split(".")[1:]))
+        }
+        if len(kept) < len(files):
+            count = len(files) - len(kept)
+            self.skipped[f"{root}: test modules ({count})"] = "they document tests"
+        return kept
+
+    def _step(self) -> None:
+        self._done += 1
+        self._report(self._done, self._total)
+
+    def private_siblings(self, name: str) -> list[str]:
+        """Private top-level packages that the modules import and that belong to the same owner.
+
+        `collections` keeps its classes in `_collections`, `pytest` in `_pytest`.
+        """
+        tops = {top_level(path) for path in self._imported()}
+        private = {top for top in tops if top.startswith("_") and not top.startswith("__")}
+        return sorted(top for top in private - self._roots if have_same_owner(name, top))
+
+    def _imported(self) -> Iterator[str]:
+        for module in self.modules.values():
+            yield from module.wildcards
+            yield from (item.target for item in module.members.values() if item.target)
+
+    def inspect(self) -> None:
+        """Have those compiled modules described that are public or imported by others."""
+        used = {prefix for path in self._imported() for prefix in _prefixes(path)}
+        names = [
+            path
+            for path, files in sorted(self._files.items())
+            if files.compiled and not files.source and (path in used or _is_public(path))
+        ]
+        self._total += len(names)
+        described, failed = inspect_modules(
+            names, workers=self._workers, report=lambda name: self._step()
+        )
+        self.skipped |= failed
+        for fields in described:
+            module = _module_from_fields(fields)
+            if module.path in self.modules:
+                merge_modules(self.modules[module.path], module)
+            else:
+                self.modules[module.path] = module
+
+
+def _add_parents(modules: dict[str, Module], root: str) -> None:
+    """Add the modules that have no file: the folders of namespace packages."""
+    modules.setdefault(root, Module(root, is_package=True))
+    for path in list(modules):
+        for prefix in _prefixes(path):
+            modules.setdefault(prefix, Module(prefix, is_package=True))
+
+
+def _module_from_fields(fields: Mapping[str, Any]) -> Module:
+    return Module(**{**fields, "members": _names_from_fields(fields["members"])})
+
+
+def _names_from_fields(members: Mapping[str, Any]) -> dict[str, Name]:
+    return {
+        name: Name(**{**fields, "members": _names_from_fields(fields["members"])})
+        for name, fields in members.items()
+    }
+
+
+def _parse_all(
+    found: Mapping[str, Files], workers: int
+) -> Iterator[tuple[str, Module | None, dict[str, str]]]:
+    """Read sources and stubs, in several processes where that pays."""
+    jobs = list(found.items())
+    if workers == 1 or len(jobs) < _FILES_WORTH_PROCESSES:
+        yield from map(_parse_files, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # the threads of a BLAS forbid a plain fork
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        with Interrupts() as interrupts, _inherited_by_workers():
+            results = pool.map(_parse_files, jobs, chunksize=16)
+        if interrupts.received:
+            raise KeyboardInterrupt
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _inherited_by_workers() -> Iterator[None]:
+    """What processes started here live with: Ctrl-C is for their parent, and they need no BLAS."""
+    blas = os.environ.get("GRAFT_BLAS")
+    os.environ["GRAFT_BLAS"] = "off"
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        if blas is None:
+            del os.environ["GRAFT_BLAS"]
+        else:
+            os.environ["GRAFT_BLAS"] = blas
+
+
+def _parse_files(job: tuple[str, Files]) -> tuple[str, Module | None, dict[str, str]]:
+    """One module from its source, its stub or both, and what went wrong with either.
+
+    A stub beside a source adds only what it documents: what a module binds, its source says.
+    """
+    path, files = job
+    read: list[Module] = []
+    problems = {}
+    for file in filter(None, (files.source, files.stub)):
+        try:
+            module = _parse(path, file)
+        except Exception as error:  # whatever is wrong with one file costs this file only
+            what = path if file.suffix == ".py" else f"{path} (stub)"
+            problems[what] = f"it cannot be parsed: {_one_line(error)}"
+            continue
+        if files.source and file == files.stub:
+            module = Module(path, module.doc, members=documented(module.members))
+        read.append(module)
+    for further in read[1:]:
+        merge_modules(read[0], further)
+    return path, read[0] if read else None, problems
+
+
+def _one_line(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" + (f" (line {line})" if line else "")
+
+
+def _parse(path: str, file: Path) -> Module:
+    logging.getLogger("griffe").setLevel(logging.CRITICAL)  # of annotations it cannot resolve
+    parent = None
+    for part in path.split(".")[:-1]:  # relative imports are resolved through the parents
+        parent = griffe.Module(part, filepath=file.with_name("__init__.py"), parent=parent)
+    with tokenize.open(file) as text:
+        code = text.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+        parsed = griffe.visit(path.split(".")[-1], filepath=file, code=code, parent=parent)
+        exports = _exports(parsed, code)
+    aliases = [one for one in parsed.members.values() if isinstance(one, griffe.Alias)]
+    return Module(
+        path,
+        _doc(parsed),
+        file.stem == "__init__",
+        exports=exports,
+        members=_names(parsed),
+        wildcards=[alias.target_path for alias in aliases if alias.wildcard],
+    )
+
+
+def _names(parsed: griffe.Module | griffe.Class) -> dict[str, Name]:
+    names: dict[str, Name] = {}
+    for name, overloads in parsed.overloads.items():  # of stubs, which give no implementation
+        names[name] = Name("function", next(filter(None, map(_doc, overloads)), ""))
+    for name, member in parsed.members.items():
+        if isinstance(member, griffe.Alias):
+            if not member.wildcard and member.runtime:
+                names[name] = Name("alias", target=member.target_path)
+        elif isinstance(member, griffe.Class):
+            names[name] = Name("class", _doc(member), members=_names(member))
+        elif not isinstance(member, griffe.Module):
+            names[name] = Name(_kind(member), _doc(member))
+    return names
+
+
+def _kind(member: griffe.Object) -> str:
+    if "property" in member.labels:
+        return "property"
+    return "function" if member.is_function else "attribute"
+
+
+def _doc(described: griffe.Object) -> str:
+    return described.docstring.value.strip() if described.docstring else ""
+
+
+def _exports(parsed: griffe.Module, code: str) -> list[str] | None:
+    """`__all__`; None where there is none, or some of it only shows when the code runs."""
+    bound = parsed.members.get("__all__")
+    if isinstance(bound, griffe.Alias):  # from other import __all__
+        return ["*" + bound.target_path.removesuffix(".__all__")]
+    if bound is None:
+        return None
+    names: list[str] = []
+    try:
+        for node in ast.walk(ast.parse(code)):
+            names += _exported_by(node)
+    except _NotLiteralError:
+        return None
+    return names
+
+
+class _NotLiteralError(Exception):
+    """An expression whose value cannot be read off."""
+
+
+def _exported_by(node: ast.AST) -> list[str]:
+    """What one statement or call adds to `__all__`."""
+    match node:
+        case ast.Assign(targets=[ast.Name("__all__")], value=value):
+            return _strings(value)
+        case ast.AnnAssign(target=ast.Name("__all__"), value=ast.expr() as value):
+            return _strings(value)
+        case ast.AugAssign(target=ast.Name("__all__"), op=ast.Add(), value=value):
+            return _strings(value)
+        case ast.Call(func=ast.Attribute(value=ast.Name("__all__"), attr="extend"), args=[value]):
+            return _strings(value)
+        case ast.Call(func=ast.Attribute(value=ast.Name("__all__"), attr="append"), args=[value]):
+            return _strings(ast.List([value]))
+        case ast.Attribute(value=ast.Name("__all__"), attr="remove" | "insert"):
+            raise _NotLiteralError
+    return []
+
+
+def _strings(value: ast.expr) -> list[str]:
+    """The strings of a sequence expression, "*module" for another module's `__all__`.
+
+    Raises:
+        _NotLiteralError: the expression is of another kind.
+    """
+    match value:
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            return [text for item in items for text in _string(item)]
+        case ast.BinOp(left, ast.Add(), right):
+            return _strings(left) + _strings(right)
+        case ast.Attribute(module, "__all__"):
+            return ["*" + ast.unparse(module)]
+        case ast.Call(ast.Attribute(copied, "copy"), []):
+            return _strings(copied)
+        case ast.Call(ast.Name("list" | "tuple" | "sorted"), [copied]):
+            return _strings(copied)
+    raise _NotLiteralError
+
+
+def _string(item: ast.expr) -> list[str]:
+    match item:
+        case ast.Constant(str() as text):
+            return [text]
+        case ast.Starred(sequence):
+            return _strings(sequence)
+    raise _NotLiteralError
+
+
+def _is_public(path: str) -> bool:
+    return not any(part.startswith("_") for part in path.split("."))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])

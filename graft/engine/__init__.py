@@ -1,0 +1,1 @@
+"""Generation for many adapters in one batch."""

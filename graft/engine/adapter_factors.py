@@ -1,0 +1,221 @@
+"""From an adapter's file to what the bank holds of it: A and B for each layer, checked and padded.
+
+Runs beside the engine's thread: the factors stay in NumPy until the engine takes them. Knows
+nothing of batches.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.adapters.attach import resolve_kind, setting_problems
+from graft.adapters.files import (
+    AdapterRecord,
+    LowRankFactors,
+    in_order_of,
+    is_hub_name,
+    load_adapter,
+    low_rank_factors,
+)
+from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, LINEAR, Kind, fused_kind, kind_of
+from graft.adapters.methods import stored_rank
+from graft.engine.errors import AdapterDoesNotFit, AdapterNotFound, RankTooLarge
+from graft.errors import InputError
+from models import is_quantized, weight_shape
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+SMALLEST_WIDTH = 8
+HALVES = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True, eq=False)
+class BankFactors:
+    """An adapter as the bank takes it.
+
+    Attributes:
+        layers: from module path to (A, B) of a linear layer, A (input_dims, width) and B (width,
+            output_dims) with the adapter's scale in it; of an embedding to (A, B, tied), where tied
+            is 1 if the output that is tied to the embedding is adapted too, and 0 if not. The bank
+            empties it when it has taken them.
+        paths: of the layers.
+        width: the rank that the factors are padded to, a power of two.
+        rank: the largest of its layers.
+        digest: of the content, by which equal adapters are known whatever their files are called.
+    """
+
+    layers: dict[str, tuple[Array, ...]]
+    paths: frozenset[str]
+    width: int
+    rank: int
+    digest: str
+
+
+def read_factors(path: Path, model: nn.Module, modules: Mapping[str, nn.Module]) -> BankFactors:
+    """Read an adapter of any format for a base model.
+
+    Args:
+        path: a file, a folder with one, or a Hub name.
+        model: the base, asked for its configuration only.
+        modules: the base's layers by their paths.
+
+    Raises:
+        AdapterNotFound: there is no such adapter.
+        AdapterDoesNotFit: its layers are not the model's, or not of kinds that can be mixed in a
+            batch; all of them named.
+        InputError: a file is damaged.
+    """
+    if not path.exists() and not is_hub_name(path):
+        raise AdapterNotFound(f"there is no adapter at {path}")
+    return make_factors(*load_adapter(path), model, modules, name=str(path))
+
+
+def make_factors(
+    tensors: Mapping[str, mx.array],
+    record: AdapterRecord,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    *,
+    name: str,
+) -> BankFactors:
+    """The same from an adapter in memory; `name` is what errors call it.
+
+    Raises:
+        AdapterDoesNotFit: as for `read_factors`.
+    """
+    problems = setting_problems(modules, record.layers) or _unmixable(modules, record)
+    layers: dict[str, tuple[Array, ...]] = {}
+    if not problems:
+        try:
+            factors = low_rank_factors(in_order_of(model, tensors, record), record, name=name)
+        except InputError as error:
+            raise AdapterDoesNotFit(str(error)) from error
+        problems = _shape_problems(modules, record, factors)
+    if not problems:
+        for path, layer in factors.items():
+            kind = resolve_kind(modules[path], record.layers[path])
+            layers[path] = _arrays(modules[path], kind, layer)
+        problems = [
+            f"{path} holds numbers that are not finite"
+            for path, arrays in layers.items()
+            if not all(np.isfinite(array).all() for array in arrays)
+        ]
+    if problems:
+        raise AdapterDoesNotFit(f"adapter {name} does not fit: {'; '.join(problems)}")
+    rank = max((pair[1].shape[0] for pair in layers.values()), default=1)
+    width = width_of(rank)
+    return BankFactors(
+        {path: _padded(arrays, width) for path, arrays in layers.items()},
+        frozenset(layers),
+        width,
+        rank,
+        _digest(layers),
+    )
+
+
+def check_rank(factors: BankFactors, max_rank: int, *, name: str) -> None:
+    """Refuse an adapter whose rank is above the limit.
+
+    Raises:
+        RankTooLarge: naming both.
+    """
+    if factors.rank > max_rank:
+        raise RankTooLarge(
+            f"adapter {name} has rank {factors.rank} and the limit is {max_rank}; start with a "
+            "higher one, or make a smaller adapter of it with `graft merge --rank`"
+        )
+
+
+def width_of(rank: int) -> int:
+    """The rank that factors are padded to: the next power of two, 8 at least.
+
+    Adapters of one width stand in one stack, so their number bounds that of the products a layer
+    takes, and less than half of what is stored or multiplied is padding.
+    """
+    return max(SMALLEST_WIDTH, 1 << (rank - 1).bit_length())
+
+
+def layer_shapes(module: nn.Module, width: int) -> tuple[tuple[int, ...], ...] | None:
+    """The shapes that a layer's arrays have in the bank; `None` if it cannot be adapted there."""
+    kind = kind_of(module)
+    if kind is LINEAR:
+        outputs, inputs = weight_shape(module)
+        return (inputs, width), (width, outputs)
+    if kind is EMBEDDING:
+        vocabulary, dims = weight_shape(module)
+        return (vocabulary, width), (width, dims), ()
+    return None
+
+
+def dtype_of(module: nn.Module) -> mx.Dtype:
+    """The precision that a layer computes in."""
+    dtype: mx.Dtype = (module.scales if is_quantized(module) else module.weight).dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
+
+
+def _unmixable(modules: Mapping[str, nn.Module], record: AdapterRecord) -> list[str]:
+    kinds = {
+        path: kind
+        for path, setting in record.layers.items()
+        if (kind := resolve_kind(modules[path], setting)) is not None
+    }
+    allowed = (LINEAR.name, EMBEDDING.name, EMBEDDING_INPUT.name, "fused")
+    found = [f"{path} ({kind.name})" for path, kind in kinds.items() if kind.name not in allowed]
+    if not found:
+        return []
+    return [f"the rows of a batch cannot have adapters of their own in {', '.join(found)}"]
+
+
+def _shape_problems(
+    modules: Mapping[str, nn.Module],
+    record: AdapterRecord,
+    factors: Mapping[str, LowRankFactors],
+) -> list[str]:
+    problems = []
+    for path, layer in factors.items():
+        setting = record.layers[path]
+        kind = resolve_kind(modules[path], setting)
+        assert kind is not None
+        expected = kind.shapes(modules[path], stored_rank(setting.method, setting.rank))
+        problems += [
+            f"{path}.{name} has shape {array.shape}, the model needs {shape}"
+            for name, array, shape in zip(HALVES, (layer.a, layer.b), expected, strict=True)
+            if array.shape != shape
+        ]
+    return problems
+
+
+def _arrays(module: nn.Module, kind: Kind | None, layer: LowRankFactors) -> tuple[Array, ...]:
+    """A, B with the scale in it, and for an embedding whether the tied output is adapted too.
+
+    A fused projection becomes a plain one whose B is zero where a part is not its own.
+    """
+    a, b = layer.a.astype(mx.float32), layer.b.astype(mx.float32) * layer.scale
+    if layer.parts is not None:
+        one = mx.eye(a.shape[1])
+        spread = fused_kind(layer.parts).update
+        assert spread is not None
+        b = spread(module, one, b, one)
+    if kind in (EMBEDDING, EMBEDDING_INPUT):
+        return np.array(a), np.array(b), np.array(kind is EMBEDDING, dtype=np.float32)
+    return np.array(a), np.array(b)
+
+
+def _padded(arrays: tuple[Array, ...], width: int) -> tuple[Array, ...]:
+    a, b, *others = arrays
+    missing = width - b.shape[0]
+    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0))), *others
+
+
+def _digest(layers: Mapping[str, tuple[Array, ...]]) -> str:
+    digest = hashlib.sha256()
+    for path, arrays in sorted(layers.items()):
+        digest.update(repr((path, [array.shape for array in arrays])).encode())
+        for array in arrays:
+            digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,306 @@
+"""Requests that share every step of a model, each with its own adapters.
+
+Continuous batching is mlx-lm's `BatchGenerator`; here requests go in, tokens come out to their
+streams, and prompts are scored and cached. Everything runs on one thread, the engine's. Knows
+nothing of queues, names or limits.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.engine.adapter_bank import AdapterBank
+from graft.engine.prompt_cache import PromptCache
+from graft.engine.request import Request
+from graft.engine.row_adapters import RidingModel
+from graft.engine.streams import FinishReason, Piece, State, TokenInfo
+from graft.errors import RunError, first_line
+from graft.pretrained.token_bytes import TokenBytes
+from graft.pretrained.tokenizer import Tokenizer
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+# What the logits of a part of a prompt may take while it is scored.
+SCORED_BYTES = 1 << 26
+PREFILL_ROWS = 8
+
+
+@dataclass(eq=False)
+class _Scoring:
+    """A prompt whose tokens are scored, part by part, before its answer begins."""
+
+    request: Request
+    cache: list[Any]
+    done: int = 0
+    infos: list[TokenInfo] = field(default_factory=list)
+
+
+class Batcher:
+    """The batch of one model.
+
+    Args:
+        model: the base.
+        tokenizer: of the model.
+        bank: of its adapters.
+        max_rows: requests in a step.
+        prefill_tokens: of all prompts together that are processed between two steps.
+        prompt_cache_bytes: what the cached prompts may take.
+        on_end: told of each request that has ended, before its stream is.
+
+    Attributes:
+        prompt_cache: of the prompts that were processed.
+        steps: how many were made.
+        step_rows: rows of all steps together.
+        tokens: generated in all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        bank: AdapterBank,
+        *,
+        max_rows: int,
+        prefill_tokens: int,
+        prompt_cache_bytes: int,
+        on_end: Callable[[Request], None],
+    ) -> None:
+        self._riding = RidingModel(model, bank, alone=max_rows == 1)
+        self._token_bytes = TokenBytes(tokenizer)
+        self._ends = [[token] for token in sorted(tokenizer.eos_token_ids)]
+        self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
+        self._on_end = on_end
+        self._rows: dict[int, Request] = {}
+        self._unread: set[int] = set()  # of these, those whose prompt is not processed yet
+        self._scoring: deque[_Scoring] = deque()
+        self.prompt_cache = PromptCache(prompt_cache_bytes)
+        self.steps = self.step_rows = self.tokens = 0
+        self._generator = self._make_generator()
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._scoring)
+
+    @property
+    def stream(self) -> Any:
+        """MLX's stream that the batch is computed on."""
+        return self._generator.stream
+
+    def add(self, request: Request) -> None:
+        """Give a request a row; what is wrong with it ends it alone."""
+        request.stream.state = "running"
+        try:
+            self._add(request)
+        except Exception as error:
+            self._end(request, "failed", error=error)
+
+    def cancel(self, request: Request) -> None:
+        """Free a request's row."""
+        self._take_out(request)
+        self._end(request, "cancelled")
+
+    def step(self) -> None:
+        """One token for every row, and a part of the prompts that wait for their first.
+
+        Raises:
+            Exception: the model failed; `fail` ends the requests concerned.
+        """
+        self._score_some()
+        if not self._rows:
+            return
+        waiting = max(1, min(len(self._unread), PREFILL_ROWS))
+        self._generator.prefill_step_size = max(1, self._prefill_tokens // waiting)
+        prompts, responses = self._generator.next()
+        self.steps += bool(responses)
+        self.step_rows += len(responses)
+        for response in responses:
+            try:
+                self._receive(response)
+            except Exception as error:
+                request = self._rows[response.uid]
+                self._take_out(request)
+                self._end(request, "failed", error=error)
+        for prompt in prompts:
+            if prompt.end_of_prompt and prompt.uid in self._rows:
+                self._unread.discard(prompt.uid)
+                self._keep_prompt(prompt.uid)
+
+    def fail(self, error: Exception, waiting: Sequence[Request] = ()) -> None:
+        """End all requests, those that wait for a row too, and begin anew without them."""
+        requests = [*self.requests(), *waiting]
+        self._rows.clear()
+        self._unread.clear()
+        self._scoring.clear()
+        self._generator.close()
+        self._generator = self._make_generator()
+        for request in requests:
+            self._end(request, "failed", error=error)
+
+    def requests(self) -> list[Request]:
+        """Those that have a row."""
+        return [*self._rows.values(), *(scoring.request for scoring in self._scoring)]
+
+    def close(self) -> None:
+        """Give up the batch, which must be empty."""
+        self._generator.close()
+        self.prompt_cache.clear()
+
+    def _make_generator(self) -> Any:
+        from mlx_lm.generate import BatchGenerator
+
+        return BatchGenerator(
+            self._riding,  # type: ignore[arg-type]
+            stop_tokens=self._ends,
+            completion_batch_size=self._max_rows,
+            prefill_batch_size=min(PREFILL_ROWS, self._max_rows),
+            prefill_step_size=self._prefill_tokens,
+        )
+
+    def _add(self, request: Request) -> None:
+        if request.sampling.echo:
+            cache = self._riding.make_cache(request.adapters)
+            infos = [self._info(request.prompt[0])]
+            self._scoring.append(_Scoring(request, cache, infos=infos))
+        elif request.sampling.max_tokens == 0:
+            self._end(request, "finished", finish_reason="length")
+        else:
+            caches, known = self.prompt_cache.find(request.cache_key, request.prompt)
+            cache = self._riding.make_cache(request.adapters)
+            request.stream.cached_tokens = known
+            self._insert(request, [cache[0], *caches] if known else cache, known)
+
+    def _insert(self, request: Request, cache: list[Any], known: int) -> None:
+        """Have a request generate, the first `known` tokens of whose prompt are in its cache."""
+        (uid,) = self._generator.insert(
+            [request.prompt[known:]],
+            [request.sampling.max_tokens],
+            caches=[cache],
+            all_tokens=[request.prompt[:known]],
+            samplers=[request.sampling.sampler()],
+        )
+        self._rows[uid] = request
+        self._unread.add(uid)
+
+    def _receive(self, response: Any) -> None:
+        """Hand a token on to its request, and end the request where it is the last."""
+        request = self._rows[response.uid]
+        reason: FinishReason | None = response.finish_reason
+        if reason == "stop":  # at a token that ends texts, which is not told
+            text, stopped, tokens = "", False, []
+        else:
+            self.tokens += 1
+            request.generated += 1
+            text, stopped = request.continuation.add(response.token)
+            alternatives = request.sampling.logprobs
+            tokens = [self._info(response.token, response.logprobs, alternatives)]
+        if reason is not None and not stopped:
+            rest, stopped = request.continuation.finish()
+            text += rest
+        if stopped:
+            reason = "stop"
+        piece = Piece(text, tokens)
+        if reason is None:
+            request.stream.put(piece)
+        else:
+            self._finish(response, reason, piece)
+
+    def _finish(self, response: Any, reason: FinishReason, piece: Piece) -> None:
+        request = self._rows.pop(response.uid)
+        caches, tokens = response.prompt_cache, response.all_tokens
+        if caches is None:  # a stop string, of which the generator knows nothing
+            found = self._generator.remove([response.uid], return_prompt_caches=True)
+            caches, tokens = found[response.uid]
+        self.prompt_cache.keep(request.cache_key, tokens, caches[1:])
+        self._end(request, "finished", finish_reason=reason, piece=piece)
+
+    def _keep_prompt(self, uid: int) -> None:
+        """Cache a prompt as soon as it is processed, for others that begin alike."""
+        caches, tokens = self._generator.extract_cache([uid])[uid]
+        self.prompt_cache.keep(self._rows[uid].cache_key, tokens, caches[1:])
+
+    def _take_out(self, request: Request) -> None:
+        uids = [uid for uid, other in self._rows.items() if other is request]
+        if uids:
+            del self._rows[uids[0]]
+            self._unread.discard(uids[0])
+            self._generator.remove(uids)
+        self._scoring = deque(one for one in self._scoring if one.request is not request)
+
+    def _end(
+        self,
+        request: Request,
+        state: State,
+        *,
+        finish_reason: FinishReason | None = None,
+        error: Exception | None = None,
+        piece: Piece | None = None,
+    ) -> None:
+        self._on_end(request)
+        if piece is not None:
+            request.stream.put(piece)
+        request.stream.end(state, finish_reason=finish_reason, error=error)
+
+    def _score_some(self) -> None:
+        """Score the next part of one prompt; they take turns."""
+        if not self._scoring:
+            return
+        scoring = self._scoring.popleft()
+        request = scoring.request
+        try:
+            if not self._score(scoring):
+                self._scoring.append(scoring)
+            elif request.sampling.max_tokens == 0:
+                self._end(request, "finished", finish_reason="length")
+            else:
+                self._insert(request, scoring.cache, len(request.prompt) - 1)
+        except Exception as error:
+            failure = RunError(f"scoring the prompt failed: {first_line(error)}")
+            self._end(request, "failed", error=failure)
+
+    def _score(self, scoring: _Scoring) -> bool:
+        """Score some tokens of a prompt by those before them; whether all are done."""
+        prompt, alternatives = scoring.request.prompt, scoring.request.sampling.logprobs
+        if scoring.done < len(prompt) - 1:
+            end = min(scoring.done + self._scored_tokens(), len(prompt) - 1)
+            with mx.stream(self._generator.stream):
+                logits = self._riding(mx.array([prompt[scoring.done : end]]), scoring.cache)[0]
+                logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+                mx.eval(logprobs, [cache.state for cache in scoring.cache])
+            for place, row in enumerate(np.array(logprobs), scoring.done + 1):
+                scoring.infos.append(self._info(prompt[place], row, alternatives or 0))
+            self._vocabulary = logits.shape[-1]
+            scoring.done = end
+        if scoring.done < len(prompt) - 1:
+            return False
+        scoring.request.stream.prompt = scoring.infos
+        return True
+
+    _vocabulary = 0
+
+    def _scored_tokens(self) -> int:
+        """How many tokens at a time, after a first few that tell the size of the vocabulary."""
+        if not self._vocabulary:
+            return 16
+        return max(16, min(self._prefill_tokens, SCORED_BYTES // (4 * self._vocabulary)))
+
+    def _info(self, token: int, logprobs: Any = None, alternatives: int | None = None) -> TokenInfo:
+        """A token with what is told of it; `logprobs` is (vocabulary,)."""
+        own = self._token_bytes.of(token)
+        text = own.decode("utf-8", "replace")
+        if alternatives is None or logprobs is None:
+            return TokenInfo(token, text, own)
+        values = np.asarray(logprobs)
+        top = [(n, self._token_bytes.text(n), float(values[n])) for n in _top(values, alternatives)]
+        return TokenInfo(token, text, own, float(values[token]), top)
+
+
+def _top(values: NDArray[np.float32], count: int) -> list[int]:
+    """The places of the largest values, largest first; equal ones in their order."""
+    if count == 0:
+        return []
+    count = min(count, len(values))
+    found = np.argpartition(-values, count - 1)[:count]
+    return sorted(map(int, found), key=lambda place: (-values[place], place))

@@ -1,0 +1,1 @@
+"""What leaves: adapters for other tools, fused and merged models."""

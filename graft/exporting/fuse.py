@@ -1,0 +1,233 @@
+"""Writes a model with its adapter inside: one folder that mlx-lm loads without Graft.
+
+python -m graft fuse --adapter-file adapters/adapters.npz --out fused
+
+Quantizing again can round an adapter away. So adapter and fused model are both run on sample text
+afterwards, and if too much is lost, layers are rounded with more care, or to more bits.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.adapters.files import apply_adapter
+from graft.data.batches import group_rows, pad, sample_rows
+from graft.data.examples import Example, load_splits
+from graft.data.sources import check_place
+from graft.errors import InputError, Parser, RunError, command
+from graft.exporting.export import add_shared_options, open_source, publish
+from graft.exporting.fused_model import BITS, WEIGHTS, WHOLE, Fusion, fuse, quantized_bits
+from graft.pretrained.load import load_model, read_model
+from graft.pretrained.tokenizer import Tokenizer
+from graft.quantization.bit_allocation import Refinement
+from graft.quantization.divergence import Comparison, Sample, compare, take_sample
+from graft.storage.atomic import check_free, new_folder
+
+MAX_KL = 0.01
+MAX_GROWTH = 0.09
+SAMPLE_ROWS, SAMPLE_TOKENS = 16, 256
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = Parser(description="Write a model with its adapter inside.")
+    add = parser.add_argument
+    add("--model", metavar="M", help="base model, folder or Hub name (default: as recorded)")
+    add("--adapter-file", required=True, metavar="A", help="adapter of any tool, or Hub name")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--dequantize", action="store_true", help="write whole weights")
+    form.add_argument(
+        "--q-bits", type=int, choices=BITS, metavar="N", help="bits of every quantized layer"
+    )
+    add(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="give layers more bits until the divergence from the adapter is at most X nats a "
+        f"token (default: {MAX_KL}, or {MAX_GROWTH:.0%}% more size if that comes first)",
+    )
+    add("--check-data", metavar="FILE", help="text to compare on (default: the run's own)")
+    add_shared_options(parser)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fuse as the command line says, and print what was compared."""
+    args = build_parser().parse_args(argv)
+    if args.max_kl is not None and not 0 < args.max_kl < math.inf:
+        raise InputError(f"--max-kl {args.max_kl}: give more than 0")
+    out = Path(args.out)
+    check_free(out, replace=args.force)
+    source, tensors, record = open_source(args.adapter_file, args)
+    form: dict[str, Any] = {"dequantize": args.dequantize, "q_bits": args.q_bits}
+    model = record.base_model if args.model is None else args.model
+    if model != record.base_model:
+        trained_on = record.base_model or "the embedded base model, or none on record"
+        print(f"note: {source} was trained on {trained_on}; fusing into {model}", file=sys.stderr)
+    fusion = Fusion(model, tensors, record, name=str(source), **form)
+    result = fuse_checked(
+        fusion, out, max_kl=args.max_kl, check_data=args.check_data, force=args.force
+    )
+    print_result(result, out, named=args.max_kl is not None)
+    publish(args, "model", record, source)
+    return 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a fusion gave.
+
+    Attributes:
+        comparison: of adapter and fused model.
+        more_bits: layers that were given more bits.
+        bytes_before: of the base's weights.
+        bytes_after: of the fused ones.
+        max_kl: what was aimed at.
+    """
+
+    comparison: Comparison
+    more_bits: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    max_kl: float
+
+
+def fuse_checked(
+    fusion: Fusion,
+    out: Path,
+    *,
+    max_kl: float | None = None,
+    check_data: str | None = None,
+    force: bool = False,
+) -> Result:
+    """Fuse, compare, and give layers more care or bits until the divergence is small enough.
+
+    Args:
+        fusion: what is to be fused.
+        out: the folder to make; it appears whole or not at all.
+        max_kl: the largest mean divergence allowed, in nats a token; by default `MAX_KL`, unless
+            the model would grow by more than `MAX_GROWTH` for it.
+        check_data: what to compare on, as for `--data`.
+        force: replace `out`.
+
+    Raises:
+        InputError: the adapter does not fit, or files are at fault.
+        RunError: adapter or fused model give numbers that are none.
+    """
+    model, tokenizer, config = load_model(fusion.model)
+    trained_on = fusion.record.options.get("data")
+    examples, others = sample_text(tokenizer, check_data, trained_on, config)
+    apply_adapter(model, fusion.tensors, fusion.record, name=fusion.name)
+    model.eval()
+    limit = MAX_KL if max_kl is None else max_kl
+    with new_folder(out, replace=force) as folder, tempfile.TemporaryDirectory() as scratch:
+        sample = take_sample(model, examples, Path(scratch))
+        before, after = fuse(fusion, folder)
+        refinement = Refinement(
+            fusion,
+            model,
+            quantized_bits(fusion, model),
+            sample=sample,
+            calibration=[pad(others, rows) for rows in group_rows(others, 4)],
+            scratch=Path(scratch),
+            limit=limit,
+            room_bytes=math.inf if max_kl is not None else (1 + MAX_GROWTH) * before - after,
+        )
+        refinement.seen = compared(sample, folder, fusion)
+        for better in refinement:
+            (folder / WEIGHTS).unlink()
+            fusion = better
+            before, after = fuse(fusion, folder)
+            refinement.seen = compared(sample, folder, fusion)
+    return Result(refinement.seen, fusion.more_bits, before, after, limit)
+
+
+def compared(sample: Sample, folder: Path, fusion: Fusion) -> Comparison:
+    """Run what was written and compare it with the adapter.
+
+    Raises:
+        RunError: one of them gives numbers that are none.
+    """
+    found = compare(sample, read_model(folder)[0])
+    if not math.isfinite(found.adapter_loss):
+        raise RunError(
+            f"{fusion.name} has a loss of {found.adapter_loss} on the sample text before anything "
+            "is fused: train it again, or name another"
+        )
+    if not (math.isfinite(found.kl) and math.isfinite(found.fused_loss)):
+        raise RunError(
+            f"with {fusion.name} inside, the model has a loss of {found.fused_loss} and a "
+            f"divergence of {found.kl}; nothing was written: try --dequantize"
+        )
+    return found
+
+
+def sample_text(
+    tokenizer: Tokenizer, named: str | None, trained_on: str | None, config: Mapping[str, Any]
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Some validation rows of the data that was named, or trained on, or else of Graft's own text.
+
+    Returns:
+        Rows to compare on, and others to take inputs from.
+
+    Raises:
+        InputError: the data that was named is not there, or broken.
+    """
+    limit = min(SAMPLE_TOKENS, config.get("max_position_embeddings") or SAMPLE_TOKENS)
+    data = named or (trained_on if trained_on is not None and Path(trained_on).exists() else None)
+    with tempfile.TemporaryDirectory() as folder:
+        if data is None:
+            print(
+                "note: the data of the run is not here; comparing on Graft's own text; name "
+                "other text with --check-data",
+                file=sys.stderr,
+            )
+            place = Path(folder) / "sample.txt"
+            place.write_text("\n\n".join(_own_text()), encoding="utf-8")
+            data = str(place)
+        check_place(data)
+        whole = 1.0 if Path(data).is_file() else 0.1
+        found = load_splits(data, tokenizer, ["valid"], max_length=limit, valid_fraction=whole)
+    rows = sample_rows(found["valid"].examples, 2 * SAMPLE_ROWS, seed=0)
+    return rows[::2], rows[1::2] or rows
+
+
+def _own_text() -> list[str]:
+    import graft.adapters.layer_kinds
+    import graft.adapters.methods
+    import graft.quantization.divergence
+    import models
+
+    modules = (
+        models,
+        graft.adapters.layer_kinds,
+        graft.adapters.methods,
+        graft.quantization.divergence,
+        sys.modules[__name__],
+    )
+    return [module.__doc__ or "" for module in modules]
+
+
+def print_result(result: Result, out: Path, *, named: bool) -> None:
+    """Print what was written and how it compares; `named` tells whether --max-kl was."""
+    found = result.comparison
+    growth = result.bytes_after / result.bytes_before - 1
+    print(f"wrote {out}: {result.bytes_after / 1e6:,.1f} MB ({growth:+.1%} of the base's)")
+    print(f"on {found.tokens:,} tokens, adapter against fused model:")
+    print(f"  mean KL divergence  {max(found.kl, 0.0):.5f} nats a token")
+    print(f"  top-1 agreement     {found.agreement:.2%}")
+    print(f"  loss                {found.adapter_loss:.4f} and {found.fused_loss:.4f}")
+    for path, bits in result.more_bits.items():
+        print(f"  {'whole' if bits == WHOLE else f'{bits} bits'}: {path}")
+    if result.more_bits:
+        print(f"layers with more bits, so as not to lose the adapter: {len(result.more_bits)}")
+    if found.kl > result.max_kl:
+        way = "though no layer is rounded any more" if named else "name --max-kl to grow for less"
+        print(f"the divergence is above {result.max_kl:g}, {way}")

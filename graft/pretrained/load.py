@@ -1,0 +1,256 @@
+"""From a model folder or a Hub name to a model, its tokenizer and its configuration.
+
+Knows the layouts that `convert.py` writes (npz, safetensors), Hugging Face folders and Meta
+folders. Architectures come from mlx-lm. Knows nothing of adapters.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from graft.errors import InputError, first_line
+from graft.pretrained.hub import fetch_from_hub
+from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
+from graft.runtime import cpu as backend
+from graft.storage.lazy_tensors import check_fit
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "sapling"
+HUB_FILES = ("*.json", "model*.safetensors", "weights.npz", "tokenizer.model", "*.txt", "*.jinja")
+
+Config = dict[str, Any]
+Weights = dict[str, mx.array]
+
+
+def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, Config]:
+    """Load a model with its tokenizer.
+
+    Args:
+        name: a folder, a Hub repository, or `None` for the embedded base model.
+
+    Returns:
+        The model in evaluation mode, its tokenizer and its configuration.
+
+    Raises:
+        InputError: nothing is there, or it cannot be read.
+    """
+    folder = find_folder(name)
+    model, config = read_model(folder)
+    return model, load_tokenizer(folder, config.get("eos_token_id")), config
+
+
+def find_folder(name: str | Path | None) -> Path:
+    """The local folder of a model, downloaded from the Hub where `name` is a repository's.
+
+    Raises:
+        InputError: there is no such folder or repository.
+    """
+    if name is None:
+        return EMBEDDED_MODEL
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise InputError(f"{name} is a file; --model takes a folder or a Hub name")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise InputError(f"there is no model folder {name}")
+    return fetch_from_hub(str(name), HUB_FILES)
+
+
+def read_model(folder: Path) -> tuple[nn.Module, Config]:
+    """Build the architecture that a folder's configuration names and fill in its weights.
+
+    Raises:
+        InputError: an unknown architecture, unreadable files, or tensors that are missing, left
+            over or of another shape; all of them named.
+    """
+    backend.check_compiler()
+    config, weights = _read_folder(folder)
+    if "quantization" not in config and "quantization_config" in config:
+        return _load_foreign_quantization(folder, config)
+    model = build_model(config)
+    weights = _sanitize(model, weights, folder)
+    if "quantization" in config:
+        quantize_as_saved(model, config["quantization"], weights)
+    check_fit(dict(tree_flatten(model.parameters())), weights, str(folder))
+    model.load_weights(list(weights.items()))
+    try:
+        return _made_ready(model), config
+    except RuntimeError as error:  # out of memory, say
+        raise InputError(f"cannot load the weights in {folder}: {first_line(error)}") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash by which to know a model again: names, shapes, types and some values of its arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(dict(tree_flatten(model.parameters())).items()):
+        some = array.reshape(-1)[:256].astype(mx.float32).tolist()
+        digest.update(repr((name, array.shape, str(array.dtype), some)).encode())
+    return digest.hexdigest()
+
+
+def build_model(config: Config) -> nn.Module:
+    """The architecture of mlx-lm that `config` describes, with random weights.
+
+    Raises:
+        InputError: mlx-lm has no such architecture, or the configuration lacks something that it
+            needs.
+    """
+    from mlx_lm.utils import _get_classes
+
+    if "model_type" not in config:
+        raise InputError("config.json has no model_type")
+    try:
+        model_class, args_class = _get_classes(config)
+    except (ValueError, AttributeError, TypeError) as error:
+        # No such module, one that is no architecture, or a name that is no text.
+        raise InputError(
+            f"unknown architecture {config['model_type']!r}: mlx-lm has none"
+        ) from error
+    try:
+        model: nn.Module = model_class(args_class.from_dict(config))
+    except Exception as error:  # every architecture fails in its own way
+        raise InputError(
+            f"config.json does not describe a {config['model_type']}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        InputError: the file is missing or no such JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_tensors(path: Path) -> Weights:
+    """The arrays of an npz file, or those of a safetensors file, lazily.
+
+    Raises:
+        InputError: the file is missing, torn or damaged.
+    """
+    try:
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        arrays = mx.load(str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def _read_folder(folder: Path) -> tuple[Config, Weights]:
+    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        from graft.pretrained.meta import read_meta_folder
+
+        return read_meta_folder(folder)
+    from graft.pretrained.hugging_face import with_rope_settings
+
+    config = with_rope_settings(read_json(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
+        config["eos_token_id"] = ids
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("weights*.npz"))
+    if not files:
+        raise InputError(
+            f"{folder} has no model*.safetensors or weights.npz; convert PyTorch weights with "
+            "convert.py"
+        )
+    return config, {name: array for file in files for name, array in read_tensors(file).items()}
+
+
+def _sanitize(model: nn.Module, weights: Weights, folder: Path) -> Weights:
+    """Translate the names and shapes of other tools, as the architecture knows them."""
+    if not hasattr(model, "sanitize"):
+        return weights
+    try:
+        sanitized: Weights = model.sanitize(weights)
+    except Exception as error:  # every architecture fails in its own way
+        raise InputError(
+            f"the weights in {folder} do not fit config.json: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+    return sanitized
+
+
+def _load_foreign_quantization(folder: Path, config: Config) -> tuple[nn.Module, Config]:
+    """AWQ, GPTQ, mxfp4 and the like, which mlx-lm translates from safetensors."""
+    from mlx_lm.utils import load_model as load_with_mlx_lm
+
+    try:
+        model, config = load_with_mlx_lm(folder, lazy=True, model_config=config)
+    except Exception as error:  # mlx-lm checks little before it begins
+        raise InputError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+    return _made_ready(model), config
+
+
+def _made_ready(model: nn.Module) -> nn.Module:
+    backend.suit_backend(model)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def quantize_as_saved(model: nn.Module, quantization: Any, weights: Weights) -> None:
+    """Quantize what the file holds quantized: as told by path, else as the tensors' shapes show."""
+    from mlx_lm.utils import infer_quant_config
+
+    def setting(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:
+            told: bool | dict[str, Any] = quantization[path]
+            return told
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        inferred: dict[str, Any] = infer_quant_config(path, module, weights)
+        return inferred
+
+    try:
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
+            class_predicate=setting,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"config.json: bad quantization {quantization!r}: {error}") from error
+
+
+def _read_npz(path: Path) -> Weights:
+    # Not with mx.load, whose threads read through Python: a bad checksum there ends the process,
+    # and so, now and then, does an interpreter that exits soon after.
+    with zipfile.ZipFile(path) as archive:
+        return {
+            name.removesuffix(".npy"): _read_member(archive, name) for name in archive.namelist()
+        }
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> mx.array:
+    with archive.open(name) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read():  # to the end, where the checksum is compared
+            raise ValueError(f"{name} is longer than its header tells")
+    if array.dtype == np.dtype("V2"):  # how MLX writes bfloat16, which NumPy lacks
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)

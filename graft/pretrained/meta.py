@@ -1,0 +1,253 @@
+"""Meta's PyTorch layout: its names, tensor-parallel shards and params.json, as mlx-lm wants them.
+
+Rotary embeddings stay interleaved, as Meta stores them: the configuration says `rope_traditional`,
+so no row is moved.
+
+References: https://github.com/meta-llama/llama/blob/main/llama/model.py (names, and what a shard
+splits), https://github.com/meta-llama/llama-models (scaled rotary embeddings),
+https://github.com/mistralai/mistral-inference (experts).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graft.errors import InputError
+from graft.pretrained.load import read_json
+from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
+from graft.storage.torch_file import open_checkpoint
+from graft.storage.weight_files import open_safetensors
+
+import mlx.core as mx
+
+Config = dict[str, Any]
+Tensors = dict[str, LazyTensor]
+
+# Meta's name -> mlx-lm's, and the dimension that shards split (None: every shard has the whole).
+_TOP_NAMES: dict[str, tuple[str, int | None]] = {
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+}
+_LAYER_NAMES: dict[str, tuple[str, int | None]] = {
+    "attention_norm": ("input_layernorm", None),
+    "ffn_norm": ("post_attention_layernorm", None),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "feed_forward.gate": ("block_sparse_moe.gate", None),
+    "feed_forward.experts.w1": ("block_sparse_moe.switch_mlp.gate_proj", 0),
+    "feed_forward.experts.w2": ("block_sparse_moe.switch_mlp.down_proj", 1),
+    "feed_forward.experts.w3": ("block_sparse_moe.switch_mlp.up_proj", 0),
+}
+_UNUSED = {"rope.freqs"}
+
+# What is read of params.json, and the types it may have.
+_REQUIRED = ("dim", "n_layers", "n_heads")
+_OPTIONAL = ("n_kv_heads", "hidden_dim", "head_dim", "vocab_size", "max_seq_len", "sliding_window")
+_PARAMS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_REQUIRED, *_OPTIONAL), (int,)),
+    **dict.fromkeys(("norm_eps", "rope_theta"), (int, float)),
+    **dict.fromkeys(("rope_scaling_factor", "rope_high_freq_factor"), (int, float)),
+    "moe": (dict,),
+}
+
+
+def read_meta_folder(folder: Path) -> tuple[Config, dict[str, mx.array]]:
+    """The configuration and all tensors of a Meta folder, in mlx-lm's layout.
+
+    Raises:
+        InputError: as for `open_meta_folder`.
+    """
+    config, tensors = open_meta_folder(folder)
+    return config, {name: read(tensor) for name, tensor in tensors.items()}
+
+
+def open_meta_folder(folder: Path) -> tuple[Config, Tensors]:
+    """Find the tensors of a Meta folder without reading them.
+
+    Args:
+        folder: holds `params.json` and one or more `consolidated.*` files.
+
+    Returns:
+        What `config.json` would say for mlx-lm's Llama or Mixtral, and the tensors under its names.
+
+    Raises:
+        InputError: files or settings are missing, or the shards do not belong together.
+    """
+    params = _read_params(folder / "params.json")
+    tensors = _joined_tensors(shard_files(folder), params["dim"])
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = head not in tensors or tensors[head] == tensors.get(embedding)
+    if tied:
+        tensors.pop(head, None)
+    return {**_config(params, tensors), "tie_word_embeddings": tied}, tensors
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The `consolidated.*` files of a Meta folder in their order.
+
+    Raises:
+        InputError: there are none, or one is missing between others.
+    """
+    files = sorted(folder.glob("consolidated*.pth")) or sorted(
+        folder.glob("consolidated*.safetensors")
+    )
+    if not files:
+        raise InputError(
+            f"{folder} has no consolidated.*.pth; is it the folder of a Meta checkpoint?"
+        )
+    numbers = [int(number) for file in files for number in re.findall(r"\.(\d+)\.", file.name)]
+    missing = sorted(set(range(max(numbers, default=0))) - set(numbers))
+    if missing:
+        names = ", ".join(f"consolidated.{number:02}{files[0].suffix}" for number in missing)
+        raise InputError(f"{folder} lacks {names}; fetch all shards")
+    return files
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    """Settings of the right types; those that may be left out are absent or have a value."""
+    params = {name: value for name, value in read_json(path).items() if value is not None}
+    problems = [f"{name} is missing" for name in _REQUIRED if name not in params]
+    problems += [
+        f"{name} is {params[name]!r}"
+        for name, kinds in _PARAMS.items()
+        if name in params and not isinstance(params[name], kinds)
+    ]
+    problems += [f"{name} is {params[name]}" for name in _REQUIRED if params.get(name) in (0, -1)]
+    if problems:
+        raise InputError(f"{path}: {', '.join(problems)}")
+    return params
+
+
+def _config(params: Mapping[str, Any], tensors: Tensors) -> Config:
+    experts = params.get("moe", {})
+    gate = "block_sparse_moe.switch_mlp.gate_proj" if experts else "mlp.gate_proj"
+    vocabulary = params.get("vocab_size", -1)
+    config = {
+        "model_type": "mixtral" if experts else "llama",
+        "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        "hidden_size": params["dim"],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads", params["n_heads"]),
+        # `multiple_of` and `ffn_dim_multiplier` only say what the tensors' shapes show.
+        "intermediate_size": params.get("hidden_dim")
+        or _size(tensors, f"model.layers.0.{gate}.weight", -2),
+        "vocab_size": vocabulary
+        if vocabulary > 0
+        else _size(tensors, "model.embed_tokens.weight", 0),
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "rope_traditional": True,
+    }
+    optional = {
+        "head_dim": params.get("head_dim"),
+        "sliding_window": params.get("sliding_window"),
+        "max_position_embeddings": params.get("max_seq_len"),
+        "rope_scaling": _rope_scaling(params),
+        "num_local_experts": experts.get("num_experts"),
+        "num_experts_per_tok": experts.get("num_experts_per_tok"),
+    }
+    return config | {name: value for name, value in optional.items() if value is not None}
+
+
+def _rope_scaling(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Llama 3.1's scaled rotary embeddings, whose numbers params.json mostly leaves to the code."""
+    if not params.get("use_scaled_rope"):
+        return None
+    # Llama 3.2's two text models, known by their widths, stretch the context further than 3.1.
+    stretch = 32.0 if params["dim"] in (2048, 3072) else 8.0
+    return {
+        "rope_type": "llama3",
+        "factor": float(params.get("rope_scaling_factor", stretch)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": float(params.get("rope_high_freq_factor", 4.0)),
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _size(tensors: Tensors, name: str, axis: int) -> int:
+    if name not in tensors or len(tensors[name].shape) < 2:
+        raise InputError(f"the checkpoint has no matrix {name}")
+    return tensors[name].shape[axis]
+
+
+def _joined_tensors(files: Sequence[Path], dim: int) -> Tensors:
+    """All shards' tensors under mlx-lm's names, whole and with a layer's experts stacked."""
+    shards = {
+        file.name: open_safetensors(file)
+        if file.suffix == ".safetensors"
+        else open_checkpoint(file)
+        for file in files
+    }
+    names = sorted({name for shard in shards.values() for name in shard} - _UNUSED, key=_in_order)
+    joined: Tensors = {}
+    experts: dict[str, tuple[LazyTensor, ...]] = {}
+    problems: list[str] = []
+    for name in names:
+        parts = [shard[name] for shard in shards.values() if name in shard]
+        new_name, axis = _place(name, parts[0].shape, dim)
+        problems += _problems(name, new_name, axis, parts, shards)
+        whole = parts[0] if axis is None or len(parts) == 1 else JoinedTensor(tuple(parts), axis)
+        if ".experts." in name:
+            experts[new_name] = (*experts.get(new_name, ()), whole)
+        else:
+            joined[new_name] = whole
+    problems += [
+        f"the experts of {name} differ in shape"
+        for name, stack in experts.items()
+        if len({expert.shape for expert in stack}) > 1
+    ]
+    if problems:
+        raise InputError(f"{files[0].parent}: {'; '.join(problems)}")
+    return joined | {name: StackedTensor(parts) for name, parts in experts.items()}
+
+
+def _place(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | None]:
+    """mlx-lm's name of a tensor, empty where there is none, and the dimension that shards split."""
+    match = re.fullmatch(r"(layers\.\d+\.)?(.+?)(?:\.experts\.\d+(\..+))?\.(weight|bias)", name)
+    if match is None:
+        return "", None
+    layer, module, expert, kind = match.groups()
+    names = _LAYER_NAMES if layer else _TOP_NAMES
+    new_name, axis = names.get(f"{module}.experts{expert}" if expert else module, ("", None))
+    if module == "tok_embeddings" and shape[-1:] == (dim,):
+        axis = 0  # Llama 3 splits the vocabulary, earlier ones the width.
+    prefix = f"model.{layer}" if layer else ""
+    return new_name and f"{prefix}{new_name}.{kind}", axis
+
+
+def _problems(
+    name: str,
+    new_name: str,
+    axis: int | None,
+    parts: Sequence[LazyTensor],
+    shards: Mapping[str, Mapping[str, LazyTensor]],
+) -> list[str]:
+    """Why a tensor cannot be put together from its parts."""
+    if not new_name:
+        return [f"{name} is not of Meta's layout"]
+    if len(parts) < len(shards):
+        absent = ", ".join(file for file, shard in shards.items() if name not in shard)
+        return [f"{name} is missing in {absent}"]
+    # What parts must share: the type, and all sizes but the one along which they are joined.
+    kinds = {
+        (part.dtype, tuple(-1 if index == axis else n for index, n in enumerate(part.shape)))
+        for part in parts
+    }
+    flat = len(parts) > 1 and axis is not None and len(parts[0].shape) <= axis
+    if len(kinds) > 1 or flat:
+        shapes = ", ".join(f"{part.shape} {part.dtype}" for part in parts)
+        return [f"the parts of {name} do not fit together: {shapes}"]
+    return []
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9, and experts alike."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

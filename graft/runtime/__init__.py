@@ -1,0 +1,1 @@
+"""What this machine computes with: BLAS, MLX's CPU backend, worker processes."""

@@ -1,0 +1,197 @@
+"""What MLX's CPU backend needs that Metal and CUDA do not.
+
+The facts behind it: on Linux's CPU, half precision runs 40 times slower than float32,
+`quantized_matmul` 70 times slower than dequantizing and multiplying through the BLAS, and
+`mx.compile` calls a C++ compiler at run time. Elsewhere nothing here does anything.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from graft.runtime import attention
+from models import MANY_ROWS, dense_weight, takes_shortcuts, weight_shape
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+FLOAT_BYTES = 4
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def runs_on_cpu() -> bool:
+    """Whether the default device is the CPU."""
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def check_compiler() -> None:
+    """Turn `mx.compile` off, and say so, where the CPU backend would miss its C++ compiler."""
+    if sys.platform == "linux" and runs_on_cpu() and shutil.which("g++") is None:
+        mx.disable_compile()
+        print("no g++ found: running uncompiled, which is slower; install g++", file=sys.stderr)
+
+
+class CompiledStep:
+    """A function through `mx.compile`, where that pays, with its traces counted.
+
+    On Linux's CPU the generated C++ is no faster than the plain graph and takes ten seconds to
+    build, so the function runs as it is there, and where MLX is told not to compile.
+
+    Args:
+        function: of arrays in tuples, lists and dicts.
+        state: what it reads and changes besides.
+
+    Attributes:
+        traces: how often it was traced; 0 where it runs as it is.
+        shapes: the shapes that it was called with; each needs one trace.
+    """
+
+    def __init__(self, function: Callable[..., Any], state: list[Any]) -> None:
+        self.traces = 0
+        self.shapes: set[tuple[Any, ...]] = set()
+        self._function = function
+        self._compiled: Callable[..., Any] | None = None
+        if not runs_on_cpu() and "MLX_DISABLE_COMPILE" not in os.environ:
+            self._compiled = mx.compile(self._trace, inputs=state, outputs=state)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function gives."""
+        if self._compiled is None:
+            return self._function(*arguments)
+        arrays: Any = tree_flatten(arguments)
+        self.shapes.add(tuple((path, array.shape) for path, array in arrays))
+        return self._compiled(*arguments)
+
+    def _trace(self, *arguments: Any) -> Any:
+        # MLX runs this once a trace, and what it recorded from then on.
+        self.traces += 1
+        return self._function(*arguments)
+
+
+def suit_backend(model: nn.Module) -> None:
+    """Give a loaded model the precision and the layers that the default device is fast with.
+
+    On the CPU: floating-point parameters become float32, and quantized linear layers dequantize
+    before they multiply many rows. On a GPU the model stays as it is; Metal is told to keep its
+    memory resident, as mlx-lm does.
+    """
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    if not runs_on_cpu():
+        return
+    if sys.platform == "linux" and takes_shortcuts():
+        attention.install()
+        keep_freed_memory()
+    model.update(tree_map(_to_float32, model.parameters()))
+    swapped = [
+        (path, DequantizingLinear.of(module))
+        for path, module in model.named_modules()
+        if type(module) is nn.QuantizedLinear
+    ]
+    model.update_modules(tree_unflatten(swapped))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what MLX frees, as MLX has no cache on the CPU.
+
+    It would give large arrays back to the system, and get each page of the next ones zeroed.
+    """
+    with contextlib.suppress(AttributeError):  # Other C libraries have no mallopt.
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)
+
+
+def keep_whole_weights(model: nn.Module, limit_bytes: float) -> int:
+    """Let the quantized linear layers of a model dequantize once, if all of them fit.
+
+    They would do it in each direction, in each lane of each step: on a small model, that is half of
+    a step's operations. Only `suit_backend` on the CPU makes layers that can.
+
+    Returns:
+        The bytes that are held for it.
+    """
+    layers = [m for _, m in model.named_modules() if isinstance(m, DequantizingLinear)]
+    size = sum(FLOAT_BYTES * math.prod(weight_shape(layer)) for layer in layers)
+    if size > limit_bytes:
+        return 0
+    for layer in layers:
+        layer.keep()
+    return size
+
+
+def exponential(x: mx.array) -> mx.array:
+    """e to the power of x; on the CPU as a power of two, which takes a third of the time there.
+
+    The relative error is that of rounding x log2(e): 1e-7 |x|.
+    """
+    return mx.power(2.0, x * attention.LOG2_E) if takes_shortcuts() else mx.exp(x)
+
+
+class DequantizingLinear(nn.QuantizedLinear):
+    """An `nn.QuantizedLinear` that dequantizes its weight when there are many rows to multiply.
+
+    The gradient of the input dequantizes once more instead of keeping the dense weight alive until
+    the backward pass.
+    """
+
+    SETTINGS = ("group_size", "bits", "mode", "biases")
+
+    @classmethod
+    def of(cls, linear: nn.QuantizedLinear) -> "DequantizingLinear":
+        """The same layer, sharing its arrays."""
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        for name, value in (*linear.items(), *((n, getattr(linear, n)) for n in cls.SETTINGS)):
+            setattr(twin, name, value)
+        object.__setattr__(twin, "kept", None)
+        twin.freeze()
+        return twin
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., input_dims) to (..., output_dims)."""
+        # For few rows quantized_matmul is about as good, and reads an eighth of the memory.
+        if x.size < MANY_ROWS * x.shape[-1]:
+            return super().__call__(x)
+        y = _frozen_product(self)(x)
+        return y + self["bias"] if "bias" in self else y
+
+    def whole_weight(self) -> mx.array:
+        """The weight dequantized: (output_dims, input_dims), float32."""
+        # A copy of this layer with another weight has what was kept of this one.
+        kept = self.kept is not None and self.kept_of is self.weight
+        return self.kept if kept else dense_weight(self)
+
+    def keep(self) -> None:
+        """Dequantize once and for all; the packed weight stays what is saved."""
+        weight = dense_weight(self)
+        mx.eval(weight)
+        # Past nn.Module's own setter: this is no parameter.
+        object.__setattr__(self, "kept", weight)
+        object.__setattr__(self, "kept_of", self.weight)
+
+
+def _frozen_product(linear: "DequantizingLinear") -> Any:
+    """x -> x W^T with a gradient for x alone, W dequantized anew in each direction."""
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return x @ linear.whole_weight().T
+
+    @product.vjp
+    def product_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return cotangent @ linear.whole_weight()
+
+    return product
+
+
+def _to_float32(array: mx.array) -> mx.array:
+    halves = (mx.float16, mx.bfloat16)
+    return array.astype(mx.float32) if array.dtype in halves else array

@@ -1,0 +1,1 @@
+"""Files that appear whole, and tensors that stay on disk."""

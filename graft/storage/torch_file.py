@@ -1,0 +1,223 @@
+"""Reads what `torch.save` wrote, without PyTorch and without running pickled code.
+
+A .pth or .bin file is a zip: `data.pkl` says which view of which storage each tensor is, and
+`data/KEY` holds the storages, uncompressed. The pickle may only name the few things that a
+dictionary of tensors needs; a file that asks for anything else is refused, since a checkpoint is
+untrusted input and an ordinary unpickler calls whatever it names. Knows nothing of models.
+
+Format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
+"""
+
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from graft.errors import InputError
+from graft.storage.lazy_tensors import StoredTensor
+
+import mlx.core as mx
+
+STORAGE_DTYPES = {
+    "FloatStorage": mx.float32,
+    "HalfStorage": mx.float16,
+    "BFloat16Storage": mx.bfloat16,
+    "DoubleStorage": mx.float64,
+    "LongStorage": mx.int64,
+    "IntStorage": mx.int32,
+    "ShortStorage": mx.int16,
+    "CharStorage": mx.int8,
+    "ByteStorage": mx.uint8,
+    "BoolStorage": mx.bool_,
+}
+SAVE_AGAIN = "load it with PyTorch, if you trust it, and torch.save its state_dict() again"
+
+# What torch.save wrote before version 1.6 begins with this pickled number.
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+# Tuples: a pickle can overwrite the attributes of an object that has a __dict__ or __setstate__.
+class _Storage(NamedTuple):
+    key: str
+    dtype: mx.Dtype
+    elements: int
+
+
+class _View(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def open_checkpoint(path: Path | str) -> dict[str, StoredTensor]:
+    """Find the tensors of a file without reading them. Checksums of all storages are compared.
+
+    Returns:
+        The tensors by name; entries that are no tensors are left out.
+
+    Raises:
+        InputError: the file is missing, damaged, in another format, asks to run code, or holds no
+            tensors by name.
+    """
+    path = Path(path)
+    _refuse_other_formats(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(path, archive)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+
+
+def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
+    members = {info.filename: info for info in archive.infolist()}
+    root = _root_folder(path, members)
+    if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+        raise InputError(f"{path} was zipped again, compressed; fetch the original")
+    if (bad := archive.testzip()) is not None:
+        raise InputError(f"{path} is damaged: the checksum of {bad} is wrong; fetch it again")
+    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        raise InputError(
+            f"{path} holds big-endian numbers; {SAVE_AGAIN} on a little-endian machine"
+        )
+    content = _unpickle(path, archive.read(f"{root}data.pkl"))
+    views = _views_by_name(path, content)
+    with path.open("rb") as file:
+        starts = {
+            name.removeprefix(f"{root}data/"): (_data_offset(file, info), info.file_size)
+            for name, info in members.items()
+            if name.startswith(f"{root}data/")
+        }
+    return {name: _located(path, name, view, starts) for name, view in views.items()}
+
+
+def _refuse_other_formats(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LEGACY_START))
+        is_tar = tarfile.is_tarfile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if start == _LEGACY_START or is_tar:
+        kind = "tar format (before 0.2)" if is_tar else "legacy format (before 1.6)"
+        raise InputError(f"{path} is in PyTorch's {kind}, not its zip format; {SAVE_AGAIN}")
+    if start[:4] != b"PK\3\4":
+        raise InputError(f"{path} is no PyTorch checkpoint: it does not begin as a zip file does")
+
+
+def _root_folder(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
+    """The folder inside the zip, with a slash, that all members lie in."""
+    roots = [
+        name.removesuffix("data.pkl") for name in members if name.partition("/")[2] == "data.pkl"
+    ]
+    if len(roots) != 1:
+        raise InputError(
+            f"{path} is no PyTorch checkpoint: the zip holds {len(roots)} data.pkl, not 1"
+        )
+    if f"{roots[0]}constants.pkl" in members:
+        raise InputError(f"{path} is a TorchScript program, not a checkpoint; {SAVE_AGAIN}")
+    return roots[0]
+
+
+def _unpickle(path: Path, pickled: bytes) -> Any:
+    try:
+        return _AllowListUnpickler(path, pickled).load()
+    except InputError:
+        raise
+    except Exception as error:  # A damaged pickle can fail in any way; none of them is ours.
+        raise InputError(f"{path} is damaged: data.pkl cannot be read ({error})") from error
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    """Knows views, storages and OrderedDict; finds nothing else."""
+
+    def __init__(self, path: Path, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        }
+        if (module, name) not in allowed:
+            raise InputError(
+                f"{self._path} is refused: it asks for {module}.{name}, which plain tensors do not "
+                f"need and which could run any code; {SAVE_AGAIN}"
+            )
+        return allowed[module, name]
+
+    def persistent_load(self, identity: Any) -> _Storage:
+        kind, dtype, key, _, elements = identity
+        if kind != "storage" or not isinstance(dtype, mx.Dtype):
+            raise ValueError(f"unknown storage {identity!r}")
+        return _Storage(str(key), dtype, int(elements))
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _View:
+    # rest: requires_grad, backward_hooks and, for a conjugated or negated view, a dictionary.
+    if len(rest) > 2 and rest[2]:
+        raise ValueError(f"unsupported view {rest[2]!r}")
+    return _View(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(view: _View, *rest: Any) -> _View:
+    return view
+
+
+def _views_by_name(path: Path, content: Any) -> dict[str, _View]:
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path} holds a {_kind(content)}, not tensors by name; save a state_dict()"
+        )
+    views = {str(name): value for name, value in content.items() if isinstance(value, _View)}
+    if not views:
+        keys = ", ".join(str(key) for key in content) or "none"
+        raise InputError(
+            f"{path} holds no tensors by name (its keys: {keys}); save the state_dict() alone"
+        )
+    return views
+
+
+def _kind(content: Any) -> str:
+    return "tensor" if isinstance(content, _View) else type(content).__name__
+
+
+def _located(
+    path: Path, name: str, view: _View, starts: Mapping[str, tuple[int, int]]
+) -> StoredTensor:
+    """Turn a view into a place in the file, after checking that it stays inside its storage."""
+    storage, offset, shape, strides = view
+    numbers = (offset, *shape, *strides)
+    sound = isinstance(storage, _Storage) and len(shape) == len(strides)
+    if not sound or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise InputError(f"{path} is damaged: {name} is no sound view of a storage")
+    start, size = starts.get(storage.key, (0, -1))
+    if size != storage.elements * storage.dtype.size:
+        raise InputError(
+            f"{path} is damaged: the storage {storage.key} of {name} is missing or cut off"
+        )
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= storage.elements:
+        raise InputError(f"{path} is damaged: {name} reaches beyond its storage")
+    return StoredTensor(path, start + offset * storage.dtype.size, storage.dtype, shape, strides)
+
+
+def _data_offset(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: after a header whose length only the header itself tells."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30:
+        raise zipfile.BadZipFile("a member's header is cut off")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return int(info.header_offset + 30 + name_length + extra_length)

@@ -1,0 +1,1 @@
+"""One run: options, loss, step, memory, checkpoints, reports."""

@@ -1,0 +1,247 @@
+"""Cross-entropy without whole logits.
+
+Where the vocabulary is large, logits are most of what a training step holds, and half of what it
+computes. Here they exist a chunk at a time and for trained positions only, and their gradient,
+which cross-entropy gives at once, is made in the forward pass:
+
+    loss = sum_t (logsumexp(z_t) - z_t[y_t]),   d loss / d h_t = W^T (softmax(z_t) - onehot(y_t))
+
+with z_t = W h_t. Architectures may change logits after their last layer, so a model's own logits
+are compared with those of the found layer once; where they differ, nothing is used.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+from graft.adapters.attach import lora_layers
+from graft.runtime.cpu import exponential, runs_on_cpu
+from graft.training.packing import forward
+from models import dense_weight, is_quantized, linear_dims, weight_shape
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+# Logits at a time: 8 MB of them in float32, and as much again for their softmax.
+CHUNK_VALUES = 2**21
+SMALLEST_CHUNK = 32
+# How far logits may differ, as a share of the largest: float32 and half precision.
+TOLERANCE = {mx.float32: 1e-3}
+HALF_TOLERANCE = 3e-2
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+class Head:
+    """The last layer of a language model, by which hidden states become logits.
+
+    Args:
+        module: a linear layer, or the embedding that it shares its weight with.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._name = "as_linear" if isinstance(module, EMBEDDINGS) else "__call__"
+
+    def cross_entropy(
+        self,
+        model: nn.Module,
+        inputs: mx.array,
+        targets: mx.array,
+        trained: mx.array,
+        documents: mx.array | None = None,
+    ) -> mx.array:
+        """The summed cross-entropy of the trained tokens, in nats.
+
+        Args:
+            model: whose last layer this is; in training mode the gradient is made along with it.
+            inputs: (rows, tokens) token ids.
+            targets: (rows, tokens) the ids that follow.
+            trained: (rows, tokens) bool.
+            documents: as for `graft.training.packing.forward`.
+        """
+        with self.skipped():
+            hidden = forward(model, inputs, documents)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        targets, trained = targets.reshape(-1), trained.reshape(-1)
+        places = _trained_places(trained)
+        if places is not None:
+            hidden, targets, trained = hidden[places], targets[places], trained[places]
+        return summed_cross_entropy(
+            self.project(), hidden, targets, trained, differentiable=model.training
+        )
+
+    def project(self) -> Callable[[mx.array], mx.array]:
+        """The function from hidden states (rows, dims) to logits (rows, vocabulary)."""
+        if not (is_quantized(self._module) and runs_on_cpu()):
+            return getattr(self._module, self._name)
+        weight, bias = dense_weight(self._module), self._module.get("bias")
+        return lambda x: x @ weight.T if bias is None else x @ weight.T + bias
+
+    @contextmanager
+    def skipped(self, factor: float = 1.0) -> Iterator[None]:
+        """While this lasts the model gives, times `factor`, what enters its last layer."""
+        kind = type(self._module)
+        self._module.__class__ = _passing(kind, self._name, factor)
+        try:
+            yield
+        finally:
+            self._module.__class__ = kind
+
+
+def find_head(model: nn.Module) -> tuple[Head | None, str]:
+    """The last layer of a model, if its logits are what that layer gives.
+
+    Args:
+        model: any; an adapter may be attached.
+
+    Returns:
+        The head, or `None` and why there is none.
+    """
+    model.eval()
+    tokens = mx.arange(16).reshape(2, 8)
+    logits = model(tokens)
+    adapted = {path for path, _ in lora_layers(model)}
+    reason = "none of its layers gives the logits"
+    for path, module in model.named_modules():
+        if not _gives(module, logits.shape[-1]):
+            continue
+        over = adapted.intersection(accumulate(path.split("."), "{}.{}".format))
+        if over or tree_flatten(module.trainable_parameters()):
+            reason = f"{min(over, default=path)} is adapted"
+        elif _explains(Head(module), model, tokens, logits):
+            return Head(module), ""
+    return None, reason
+
+
+def avoid_whole_logits(model: nn.Module) -> None:
+    """Let the loss of `lora.py` do without whole logits, or say why it does not."""
+    model.loss_head, reason = find_head(model)
+    if model.loss_head is None:
+        print(f"loss: from whole logits, since {reason}")
+
+
+def rows_of_a_chunk(vocabulary: int) -> int:
+    """Positions whose logits exist at one time."""
+    return max(CHUNK_VALUES // vocabulary, SMALLEST_CHUNK)
+
+
+def summed_cross_entropy(
+    project: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    trained: mx.array,
+    *,
+    differentiable: bool = True,
+    chunk: int | None = None,
+) -> mx.array:
+    """Cross-entropy of projected hidden states, summed over what is trained, in float32.
+
+    Args:
+        project: hidden states (rows, dims) to logits (rows, vocabulary); linear, and not trained.
+        hidden: (rows, dims).
+        targets: (rows,) token ids.
+        trained: (rows,) bool; what counts.
+        differentiable: make the gradient of `hidden` along with the loss.
+        chunk: rows at a time; by default as many as keep the logits small.
+    """
+    if hidden.shape[0] == 0:
+        return mx.array(0.0)
+    chunk = chunk or rows_of_a_chunk(project(hidden[:1]).shape[-1])
+
+    def over_chunks(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        total = mx.array(0.0)
+        gradients: list[mx.array] = []
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            # One chunk after the other, or the logits of all of them would wait side by side.
+            waiting: Any = mx.depends([hidden[part]], [total, *gradients[-1:]])
+            rows = waiting[0]
+            loss, gradient = _chunk(project, rows, targets[part], trained[part], differentiable)
+            total = total + loss
+            gradients += gradient
+        return total, mx.concatenate(gradients) if gradients else hidden
+
+    if not differentiable:
+        return over_chunks(hidden)[0]
+    function = mx.custom_function(over_chunks)
+
+    @function.vjp
+    def multiply(_: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+
+    results: Any = function(hidden)
+    return results[0]
+
+
+def _chunk(
+    project: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    trained: mx.array,
+    differentiable: bool,
+) -> tuple[mx.array, list[mx.array]]:
+    """Summed loss of some rows and, if wanted, its gradient with respect to `hidden`."""
+    raw = project(hidden)
+    logits, places = raw.astype(mx.float32), targets[:, None]
+    wanted = mx.take_along_axis(logits, places, axis=-1)
+    if not differentiable:
+        return ((mx.logsumexp(logits, axis=-1, keepdims=True) - wanted)[:, 0] * trained).sum(), []
+    # What this costs beside the products is passes over the logits, and most of all exponentials:
+    # these are taken once, for loss and gradient, and scaled where there are fewer numbers.
+    top = logits.max(axis=-1, keepdims=True)
+    powers = exponential(logits - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    loss = (top + mx.log(total) - wanted)[:, 0] * trained
+    missing = mx.take_along_axis(powers, places, axis=-1) - total
+    error, scale = mx.put_along_axis(powers, places, missing, axis=-1), trained[:, None] / total
+    if raw.dtype == hidden.dtype == mx.float32:
+        _, (gradient,) = mx.vjp(project, [hidden], [error])
+        return loss.sum(), [gradient * scale]
+    # Half precision may not hold what is not scaled.
+    _, (gradient,) = mx.vjp(project, [hidden], [(error * scale).astype(raw.dtype)])
+    return loss.sum(), [gradient]
+
+
+def _trained_places(trained: mx.array) -> mx.array | None:
+    """Where `trained` holds; `None` where shapes must not depend on values, as in compiling."""
+    return mx.array(np.flatnonzero(np.array(trained))) if runs_on_cpu() else None
+
+
+@lru_cache
+def _passing(kind: type, name: str, factor: float) -> type:
+    """A type like `kind` whose method `name` returns its argument times `factor`."""
+    return type(kind.__name__, (kind,), {name: lambda self, x: x if factor == 1 else x * factor})
+
+
+def _gives(module: nn.Module, vocabulary: int) -> bool:
+    if isinstance(module, EMBEDDINGS):
+        return weight_shape(module)[0] == vocabulary
+    return isinstance(module, LINEARS) and linear_dims(module)[1] == vocabulary
+
+
+def _explains(head: Head, model: nn.Module, tokens: mx.array, logits: mx.array) -> bool:
+    """Whether the model's logits are the head's, and nothing bends them afterwards."""
+    factor = 1000.0
+    try:
+        with head.skipped():
+            hidden = model(tokens)
+        with head.skipped(factor):
+            larger = model(tokens)
+        found = head.project()(hidden)
+    except Exception:  # Taken for the head, another layer breaks a model in its own way.
+        return False
+    return _close(found, logits) and _close(larger / factor, hidden)
+
+
+def _close(found: mx.array, expected: mx.array) -> bool:
+    if found.shape != expected.shape:
+        return False
+    tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    largest = mx.abs(expected).max()
+    return bool((mx.abs(found - expected).max() <= tolerance * largest).item())

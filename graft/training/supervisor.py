@@ -1,0 +1,124 @@
+"""Runs a training in a child process and starts it again where it dies without a word.
+
+Metal's watchdog or a lack of memory can end a process in ways that no handler sees. The parent
+then continues from the last checkpoint with fewer rows at a time and as much more accumulation,
+which asks for less memory and computes the same.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from graft.training.options import Options
+from graft.training.run_folder import RunFiles
+
+# Tells a child what it is; an option would find its way into the record of the run.
+SUPERVISED = "GRAFT_SUPERVISED"
+
+
+def is_supervised() -> bool:
+    """Whether this process is the child of `supervise_run`."""
+    return SUPERVISED in os.environ
+
+
+def supervise_run(options: Options, command: Sequence[str]) -> int:
+    """Train as `command` says in a child process; `--restarts` of `options` says how often again.
+
+    Args:
+        options: of the command.
+        command: a Python file and its arguments.
+    """
+    store = RunFiles(options).store
+    earlier = store.stamps()
+
+    def resume() -> list[str]:
+        """Whether to go on: not from what was there before this training made a checkpoint."""
+        return ["--resume"] if store.stamps() - earlier else []
+
+    return supervise(
+        [sys.executable, *command],
+        resume,
+        restarts=options.restarts,
+        batch_size=options.batch_size,
+        accumulation=options.grad_accumulation_steps,
+    )
+
+
+def supervise(
+    command: Sequence[str],
+    resume: Callable[[], Sequence[str]],
+    *,
+    restarts: int,
+    batch_size: int,
+    accumulation: int,
+) -> int:
+    """Run a training command, and again with smaller batches after each death by a signal.
+
+    Args:
+        command: program and arguments of the training.
+        resume: what to add to them so that they go on from where the training is.
+        restarts: how often to start it again.
+        batch_size: rows at a time, as `command` has it.
+        accumulation: micro-batches a step, as `command` has it.
+
+    Returns:
+        The exit status of the last process, as a shell gives it.
+    """
+    arguments = list(command)
+    for left in range(restarts, -1, -1):
+        # A training that lost one of its own processes exits with 128 and the signal's number.
+        status = _run(arguments)
+        status = 128 - status if status > 128 else status
+        if not _died(status) or left == 0:
+            break
+        batch_size, accumulation = smaller_batches(batch_size, accumulation)
+        print(
+            f"the training was ended by {signal.Signals(-status).name}: restart "
+            f"{restarts - left + 1} of {restarts}, with {batch_size} rows at a time, "
+            f"{accumulation} times a step",
+            file=sys.stderr,
+            flush=True,
+        )
+        sizes = [f"--batch-size={batch_size}", f"--grad-accumulation-steps={accumulation}"]
+        arguments = [*command, *resume(), *sizes]
+    return status if status >= 0 else 128 - status
+
+
+def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
+    """At most half the rows at a time, and the accumulation that makes up for it."""
+    rows = batch_size * accumulation
+    fewer = next(n for n in range(max(batch_size // 2, 1), 0, -1) if rows % n == 0)
+    return fewer, rows // fewer
+
+
+def _died(status: int) -> bool:
+    """Whether a process ended by a signal that nobody sent to end it."""
+    return status < 0 and -status not in (signal.SIGINT, signal.SIGTERM)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a child to its end; Ctrl-C on a terminal reaches it by itself, SIGTERM is passed on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(
+        arguments, env={**os.environ, SUPERVISED: "1"}, preexec_fn=_restore_interrupts
+    )
+    previous = signal.signal(signal.SIGTERM, _pass_on(child))
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _restore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _pass_on(child: "subprocess.Popen[bytes]") -> Callable[[int, FrameType | None], None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    return handler

@@ -1,0 +1,448 @@
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import graft  # noqa: F401
+from graft.__main__ import main as graft_main
+from graft.adapters.attach import LayerSetting, attach, count_parameters, lora_layers
+from graft.adapters.layer_kinds import Parts
+from graft.adapters.methods import METHODS
+from graft.adapters.targets import find_parts, main, parse_pattern, plan
+from graft.errors import InputError
+from graft.training.options import Options
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from support.tiny import LLAMA, QWEN2, make_model, write_model
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_ctx": 64,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 64,
+    "layer_norm_epsilon": 1e-5,
+    "vocab_size": 100,
+}
+PHI3: dict[str, Any] = {**LLAMA, "model_type": "phi3"}
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "layer_norm_eps": 1e-5,
+    "vocab_size": 100,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+}
+INTERNLM2: dict[str, Any] = {**LLAMA, "model_type": "internlm2"}
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+BLOCK = "model.layers.2"
+
+
+def ranks(settings: dict[str, LayerSetting]) -> dict[str, int]:
+    """Rank by the path within the last block, or by the whole path outside of blocks."""
+    return {
+        path.removeprefix(BLOCK + "."): setting.rank
+        for path, setting in settings.items()
+        if path.startswith(BLOCK) or "layers" not in path
+    }
+
+
+def test_every_rank_of_llama_cpp_s_finetune_can_be_said() -> None:
+    """Its options: --rank-att-norm, -ffn-norm, -out-norm, -tok-embd, -out, -wq, -wk, -wv, -wo,
+
+    -ffn_gate, -ffn_down and -ffn_up (w1, w2, w3).
+    """
+    pattern = {
+        "input_layernorm": 1,
+        "post_attention_layernorm": 1,
+        "norm": 1,
+        "embed_tokens": 2,
+        "lm_head": 3,
+        "q_proj": 4,
+        "k_proj": 5,
+        "v_proj": 6,
+        "o_proj": 7,
+        "gate_proj": 8,
+        "down_proj": 9,
+        "up_proj": 10,
+    }
+    targets = "all-linear,all-norms,norm,embed_tokens,lm_head"
+    settings = plan(make_model(LLAMA), targets, rank=8, rank_pattern=pattern)
+    assert ranks(settings) == {
+        "lm_head": 3,
+        "model.embed_tokens": 2,
+        "model.norm": 1,
+        "input_layernorm": 1,
+        "post_attention_layernorm": 1,
+        "self_attn.q_proj": 4,
+        "self_attn.k_proj": 5,
+        "self_attn.v_proj": 6,
+        "self_attn.o_proj": 7,
+        "mlp.gate_proj": 8,
+        "mlp.down_proj": 9,
+        "mlp.up_proj": 10,
+    }
+
+
+def test_patterns_are_names_globs_or_paths_and_the_rest_has_the_common_rank() -> None:
+    settings = plan(
+        make_model(LLAMA),
+        ["all-linear", "lm_head"],
+        rank=8,
+        rank_pattern={"q_proj": 16, "*.mlp.*": 2, f"{BLOCK}.self_attn.o_proj": 3},
+        alpha_pattern={"lm_head": 5.0, "self_attn.v_proj": 6.0},
+    )
+    found = ranks(settings)
+    assert found.pop("self_attn.q_proj") == 16 and found.pop("self_attn.o_proj") == 3
+    assert [found.pop(f"mlp.{name}_proj") for name in ("gate", "up", "down")] == [2, 2, 2]
+    assert set(found.values()) == {8}
+    assert settings["lm_head"].alpha == 5.0
+    assert {s.alpha for p, s in settings.items() if p.endswith("v_proj")} == {6.0}
+    assert settings[f"{BLOCK}.self_attn.k_proj"].alpha == 16.0
+
+
+def test_a_vector_has_rank_and_alpha_one_whatever_the_others_have() -> None:
+    settings = plan(make_model(LLAMA), "q_proj,*norm*", rank=8, alpha=16.0)
+    assert settings["model.norm"] == LayerSetting(1, 1.0)
+    assert settings[f"{BLOCK}.self_attn.q_proj"] == LayerSetting(8, 16.0)
+
+
+def test_layers_outside_of_blocks_are_adapted_by_name_only() -> None:
+    model = make_model(LLAMA)
+    assert not any(
+        "layers" not in path for path in plan(model, "all-linear,all-norms", num_layers=1)
+    )
+    assert set(plan(model, "lm_head,model.embed_tokens")) == {"lm_head", "model.embed_tokens"}
+    both = plan(model, "*norm*", num_layers=1)
+    assert set(both) == {
+        "model.norm",
+        *(f"{BLOCK}.{n}_layernorm" for n in ("input", "post_attention")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "names"),
+    [
+        ("lora", LLAMA, ["q", "k", "v", "o", "gate", "up", "down"]),
+        ("ia3", LLAMA, ["k", "v", "down"]),
+        ("bias", QWEN2, ["q", "k", "v"]),
+    ],
+)
+def test_each_method_has_the_targets_that_suit_it(
+    method: str, config: dict[str, Any], names: list[str]
+) -> None:
+    settings = plan(make_model(config), method=method)
+    found = {path.rsplit(".", 1)[1] for path in settings}
+    assert found == {f"{name}_proj" for name in names}
+
+
+def test_norms_alone_are_the_norms_of_the_blocks() -> None:
+    assert len(plan(make_model(LLAMA), method="norm")) == 6
+
+
+def test_ia3_scales_the_input_of_a_feed_forward_s_second_matrix() -> None:
+    settings = plan(make_model(LLAMA), method="ia3")
+    methods = {path.rsplit(".", 1)[1]: setting.method for path, setting in settings.items()}
+    assert methods == {"k_proj": "ia3", "v_proj": "ia3", "down_proj": "ia3-input"}
+    assert {(s.rank, s.alpha) for s in settings.values()} == {(1, 1.0)}
+
+
+def test_vera_has_the_scale_one_of_its_paper() -> None:
+    assert set(plan(make_model(LLAMA), "q_proj", rank=8, method="vera").values()) == {
+        LayerSetting(8, 8.0, "vera")
+    }
+
+
+def test_experts_are_linear_and_their_router_too() -> None:
+    model = make_model(MIXTRAL)
+    settings = plan(model, rank=2)
+    names = {path.split(".", 3)[3] for path in settings}
+    assert "block_sparse_moe.switch_mlp.up_proj" in names and "block_sparse_moe.gate" in names
+    attach(model, settings)
+    kinds = {layer.kind for path, layer in lora_layers(model) if "switch_mlp" in path}
+    assert kinds == {"experts"}
+
+
+def test_a_part_of_a_fused_projection_is_named_behind_it() -> None:
+    model = make_model(GPT2)
+    settings = plan(model, "c_attn.q,c_attn.v", rank=2)
+    assert list(settings) == [f"model.h.{n}.attn.c_attn" for n in range(2)]
+    expected = Parts(("q", "k", "v"), (32, 32, 32), ("q", "v"))
+    assert {setting.parts for setting in settings.values()} == {expected}
+    assert plan(model, "c_attn", rank=2)["model.h.0.attn.c_attn"].parts is None
+    assert plan(model, "c_attn,c_attn.q", rank=2)["model.h.0.attn.c_attn"].parts is None
+
+
+def columns_of(model: nn.Module, path: str, part: str) -> set[int]:
+    """Outputs of a fused projection that a part's update reaches."""
+    attach(model, plan(model, f"{path}.{part}", rank=1, num_layers=-1))
+    (layer,) = (layer for found, layer in lora_layers(model) if found == path)
+    layer.lora_b = mx.ones_like(layer.lora_b)
+    rows = mx.any(layer.delta() != 0, axis=1).tolist()
+    return {number for number, reached in enumerate(rows) if reached}
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "split"),
+    [
+        # mlx_lm/models/gpt2.py: mx.split(qkv, 3, axis=-1)
+        (GPT2, "model.h.0.attn.c_attn", {"q": range(32), "v": range(64, 96)}),
+        # phi3.py: queries of all heads, then keys, then values; 4 heads of 16, 2 for keys
+        (
+            PHI3,
+            "model.layers.0.self_attn.qkv_proj",
+            {"q": range(64), "k": range(64, 96), "v": range(96, 128)},
+        ),
+        (PHI3, "model.layers.0.mlp.gate_up_proj", {"gate": range(128), "up": range(128, 256)}),
+        # gpt_neox.py: reshape to (heads, 3 * 8), then split in three
+        (
+            NEOX,
+            "model.h.0.attention.query_key_value",
+            {"k": [head * 24 + 8 + i for head in range(4) for i in range(8)]},
+        ),
+        # internlm2.py: reshape to (key-value heads, 2 queries + key + value, 16)
+        (
+            INTERNLM2,
+            "model.layers.0.attention.wqkv",
+            {
+                "q": [group * 64 + i for group in range(2) for i in range(32)],
+                "v": [group * 64 + 48 + i for group in range(2) for i in range(16)],
+            },
+        ),
+    ],
+)
+def test_parts_are_where_the_architecture_splits(
+    config: dict[str, Any], path: str, split: dict[str, Any]
+) -> None:
+    for part, columns in split.items():
+        assert columns_of(make_model(config), path, part) == set(columns)
+
+
+def test_the_key_part_changes_what_the_architecture_takes_for_keys() -> None:
+    """With B of the keys trained, the keys in the cache change, and the values do not."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens = mx.array([[1, 5, 9, 30]])
+    for config, name in ((NEOX, "query_key_value"), (INTERNLM2, "wqkv"), (PHI3, "qkv_proj")):
+        model = make_model(config)
+        before = make_prompt_cache(model)
+        model(tokens, cache=before)
+        attach(model, plan(model, f"{name}.k", rank=1, num_layers=-1))
+        first = lora_layers(model)[0][1]
+        first.lora_b = mx.ones_like(first.lora_b)
+        after = make_prompt_cache(model)
+        model(tokens, cache=after)
+        assert not mx.allclose(before[0].keys, after[0].keys), name
+        assert mx.array_equal(before[0].values, after[0].values), name
+
+
+def test_a_layer_without_a_fused_name_has_no_parts() -> None:
+    assert find_parts(nn.Linear(4, 12), "q_proj", None) is None
+    assert find_parts(nn.Linear(4, 12), "qkv", None) == Parts(("q", "k", "v"), (4, 4, 4), ())
+    assert find_parts(nn.Linear(4, 13), "qkv", None) is None
+
+
+def test_any_model_without_blocks_is_chosen_from_as_a_whole() -> None:
+    model = nn.Transformer(16, 2, 1, 1)
+    paths = plan(model, "all-linear", rank=2)
+    assert (
+        "encoder.layers.0.linear1" in paths and "decoder.layers.0.self_attention.out_proj" in paths
+    )
+    with pytest.raises(InputError, match="Transformer has no list of transformer blocks"):
+        plan(model, "all-linear", rank=2, num_layers=1)
+
+
+def message(*arguments: Any, **settings: Any) -> str:
+    with pytest.raises(InputError) as error:
+        plan(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    said = message(
+        make_model(LLAMA),
+        "q_prj,k_proj,*norm*",
+        rank=8,
+        method="dora",
+        num_layers=1,
+        rank_pattern={"k_proj": 40, "*k_proj": 50, "up_proj": 3},
+        alpha_pattern={"nothing": 2.0},
+    )
+    for part in (
+        "--targets q_prj matches no layer; there are",
+        f"--rank-pattern up_proj=3 names {BLOCK}.mlp.up_proj, not chosen: add it to --targets",
+        "--alpha-pattern nothing=2.0 matches no layer; there are down_proj, embed_tokens",
+        f"--rank-pattern: k_proj=40 and *k_proj=50 disagree on {BLOCK}.self_attn.k_proj",
+        f"rank 40 for {BLOCK}.self_attn.k_proj: give 1 to 32",
+        "dora is not defined on",
+        f"{BLOCK}.input_layernorm (vector)",
+        "model.norm (vector), only on linear, embedding, conv",
+    ):
+        assert part in said, part
+
+
+def test_patterns_that_agree_are_no_mistake() -> None:
+    settings = plan(make_model(LLAMA), "q_proj", rank_pattern={"q_proj": 4, "*q_proj": 4})
+    assert {setting.rank for setting in settings.values()} == {4}
+
+
+def test_a_pattern_gives_a_norm_no_rank_but_one() -> None:
+    said = message(make_model(LLAMA), "model.norm", rank_pattern={"*norm*": 4})
+    assert "rank 4 for model.norm: give 1 to 1" in said
+
+
+def test_an_unknown_method_names_those_that_there_are() -> None:
+    said = message(make_model(LLAMA), method="lorra")
+    assert "--method lorra" in said and "rslora" in said and "pissa" in said
+
+
+def test_the_help_names_every_method() -> None:
+    """All but the one that a layer's name chooses."""
+    (field,) = [field for field in fields(Options) if field.name == "method"]
+    named = re.split(r"[ ,]+", field.metadata["help"])
+    assert set(METHODS) - set(named) == {"ia3-input"}
+
+
+def test_spaces_around_targets_do_not_matter() -> None:
+    assert plan(make_model(LLAMA), "q_proj, v_proj,") == plan(make_model(LLAMA), "q_proj,v_proj")
+    assert "--targets ' ,'" in message(make_model(LLAMA), " ,")
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_start_that_is_divided_by_the_scale_needs_a_positive_one(alpha: float) -> None:
+    said = message(make_model(LLAMA), "q_proj", method="pissa", alpha=alpha)
+    assert f"alpha {alpha} for" in said
+
+
+def test_a_pattern_is_read_from_text() -> None:
+    assert parse_pattern("q_proj=16,*norm*=1", int, option="--rank-pattern") == {
+        "q_proj": 16,
+        "*norm*": 1,
+    }
+    assert parse_pattern("", float, option="--alpha-pattern") == {}
+
+
+def test_text_that_is_no_pattern_is_named_piece_by_piece() -> None:
+    with pytest.raises(InputError) as error:
+        parse_pattern("q_proj,k_proj=x,v_proj=2,=3", int, option="--rank-pattern")
+    assert all(f"'{piece}'" in str(error.value) for piece in ("q_proj", "k_proj=x", "=3"))
+    assert "v_proj=2" not in str(error.value)
+
+
+def test_the_table_tells_every_layer_and_the_totals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model(tmp_path / "m", LLAMA, bits=4)
+    arguments = ["--model", str(folder), "--targets", "q_proj,*norm*,lm_head", "--lora-layers", "2"]
+    assert graft_main(["targets", *arguments, "--rank", "4", "--rank-pattern", "lm_head=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split()[0]: line.split() for line in lines[1:-2]}
+    # 3 blocks of 7 projections and 2 norms, a norm, an embedding and a head.
+    assert len(cells) == 30
+    q_proj = "model.layers.2.self_attn.q_proj"
+    assert cells[q_proj] == [q_proj, "linear", "64x64,", "4", "bits", "lora", "4", "16", "512"]
+    assert cells["model.norm"][1:] == ["vector", "64", "lora", "-", "1", "64"]
+    assert cells["lm_head"][-3:] == ["2", "16", "1,152"]
+    assert cells["model.layers.0.self_attn.q_proj"][-1] == "-"
+    trained = 2 * 512 + 5 * 64 + 1152
+    assert f"8 of 30 layers adapted: {trained:,} parameters trained beside 176,576" in lines[-1]
+
+
+def test_the_table_tells_the_parts_of_a_fused_projection(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model(tmp_path / "m", PHI3)
+    assert main(["--model", str(folder), "--targets", "qkv_proj.q,qkv_proj.v", "--rank", "2"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    (cells,) = [line for line in lines if line[0] == "model.layers.0.self_attn.qkv_proj"]
+    trained = 2 * 2 * 64 + 2 * (64 + 32)
+    assert [cell.strip() for cell in cells if cell.strip()][1:] == [
+        "linear (q, k, v)",
+        "128x64",
+        "lora q+v",
+        "2",
+        "16",
+        str(trained),
+    ]
+
+
+def test_the_table_s_totals_are_those_of_the_training(tmp_path: Path) -> None:
+    model = make_model(LLAMA)
+    attach(model, plan(model, "q_proj,*norm*,lm_head", rank=4, num_layers=2))
+    assert count_parameters(model)[0] == 2 * 512 + 5 * 64 + 4 * (512 + 64)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model(tmp_path / "m", LLAMA)
+    assert main(["--model", str(folder), "--rank", "33", "--method", "olora"]) == 2
+    said = capsys.readouterr().err
+    assert "rank 33 for" in said and "k_proj" in said and said.count("\n") == 1
+
+
+def test_loftq_corrects_the_rounding_of_a_run_s_model(tmp_path: Path) -> None:
+    import lora
+
+    whole = write_model(tmp_path / "whole", LLAMA)
+    packed = write_model(tmp_path / "packed", LLAMA, bits=2)
+    from graft.pretrained.load import read_model
+    from graft.training.options import from_mapping
+
+    errors = {}
+    for method in ("lora", "loftq"):
+        model, _ = read_model(packed)
+        options = from_mapping({"method": method, "rank": 16, "original_model": str(whole)})
+        record = lora.start_adapter(model, options)
+        assert {setting.method for setting in record.layers.values()} == {method}
+        layer = model.model.layers[0].mlp.up_proj
+        original = read_model(whole)[0].model.layers[0].mlp.up_proj.weight
+        errors[method] = mx.linalg.norm(layer.fuse(dequantize=True).weight - original).item()
+    assert errors["loftq"] < 0.8 * errors["lora"]
+
+
+@pytest.mark.parametrize("original", [None, "packed", "other"])
+def test_loftq_needs_the_model_before_quantization(original: str | None, tmp_path: Path) -> None:
+    from graft.adapters.targets import read_originals
+    from graft.pretrained.load import read_model
+
+    write_model(tmp_path / "packed", LLAMA, bits=4)
+    write_model(tmp_path / "other", {**LLAMA, "num_hidden_layers": 1})
+    model, _ = read_model(tmp_path / "packed")
+    settings = plan(model, "q_proj", method="loftq")
+    name = None if original is None else str(tmp_path / original)
+    with pytest.raises(InputError, match="--original-model"):
+        read_originals(name, settings)
+    with pytest.raises(InputError, match=r"before quantization of model\.layers\.0"):
+        attach(model, settings)
+
+
+def test_the_record_of_a_run_has_its_patterns(tmp_path: Path) -> None:
+    import lora
+    from graft.adapters.files import save_adapter
+    from graft.training.options import from_mapping
+
+    model = make_model(LLAMA)
+    options = from_mapping({"targets": "q_proj,model.norm", "rank_pattern": "q_proj=2"})
+    save_adapter(tmp_path / "a.npz", model, lora.start_adapter(model, options))
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["layers"]["model.norm"] == {
+        "rank": 1,
+        "alpha": 1.0,
+        "method": "lora",
+        "kind": "vector",
+    }
+    assert content["layers"][f"{BLOCK}.self_attn.q_proj"]["rank"] == 2
+    assert content["options"]["rank_pattern"] == "q_proj=2"

@@ -1,0 +1,100 @@
+from typing import Any
+
+import graft  # noqa: F401
+from graft.data.rows import content, place_number, problem, refuse, shape
+from graft.errors import InputError
+
+import pytest
+
+USER = {"role": "user", "content": "hi"}
+CHAT = {"messages": [USER, {"role": "assistant", "content": "yo"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"text": "a"}, "texts"),
+        ({"prompt": "a", "completion": "b"}, "prompts and completions"),
+        (CHAT, "chats"),
+        ({**CHAT, "text": "rendered", "prompt": "hi"}, "chats"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "prompts and completions"),
+        ({"text": "a", "messages": None}, "texts"),
+        ({"prompt": "a"}, None),
+        ({"prompt": "a", "completion": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_shape_is_known_by_its_keys(fields: dict[str, Any], name: str | None) -> None:
+    assert shape(fields) == name
+    assert (problem(fields) is None) == (name is not None)
+
+
+def test_only_what_is_trained_on_is_content() -> None:
+    assert content({"text": "a", "source": 1}) == {"text": "a"}
+    assert content({**CHAT, "tools": [], "text": "b"}) == {**CHAT, "tools": []}
+    assert content({"other": 1}) == {}
+
+
+def test_contents_spread_evenly_and_order_of_keys_does_not_count() -> None:
+    numbers = [place_number({"text": str(number)}) for number in range(2000)]
+    for tenth in range(10):
+        share = sum(tenth / 10 <= number < (tenth + 1) / 10 for number in numbers) / 2000
+        assert 0.08 < share < 0.12
+    one, two = {"prompt": "a", "completion": "b"}, {"completion": "b", "prompt": "a"}
+    assert place_number(one) == place_number(two)
+
+
+def chat(*messages: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **more}
+
+
+CALL = {"function": {"name": "add", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"question": "a"}, "it has 'question'"),
+        ({"prompt": "a", "completion": None}, "it has 'prompt', 'completion' (null)"),
+        ({"prompt": 1, "completion": "b"}, "'prompt' must be a string, not 1"),
+        ({"prompt": "a", "completion": ["b"]}, "'completion' must be a string, not ['b']"),
+        (chat(), "'messages' must be a list that is not empty, not []"),
+        ({"messages": "hi"}, "'messages' must be a list that is not empty, not 'hi'"),
+        (chat("hi"), "message 1 must be a JSON object, not 'hi'"),
+        (
+            chat(USER, {"role": "bot", "content": "yo"}),
+            "message 2 has the unknown role 'bot'; known are system, user, assistant, tool",
+        ),
+        (chat({"content": "yo"}), "message 1 has the unknown role None"),
+        (chat({"role": ["user"], "content": "yo"}), "the unknown role ['user']"),
+        (chat({"role": "user"}), "'content' of message 1 must be a string, not None"),
+        (chat({"role": "user", "content": [1]}), "'content' of message 1 must be a string"),
+        (chat({"role": "user", "content": "\ud83d"}), "half of a surrogate pair"),
+        (chat({"role": "assistant", "tool_calls": [1]}), "'tool_calls' of message 1"),
+        (chat({"role": "assistant", "tool_calls": [{}]}), "'tool_calls' of message 1"),
+        (chat(USER, tools="[1]"), "'tools' must be a list of JSON objects, not '[1]'"),
+        (chat(USER, tools="{"), "'tools' must be a list of JSON objects"),
+    ],
+)
+def test_what_does_not_fit_is_named(fields: dict[str, Any], words: str) -> None:
+    assert words in (problem(fields) or "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        chat(USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}),
+        chat(USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}),
+        chat({"role": "system", "content": ""}, USER, tools=[CALL]),
+        chat(USER, tools='[{"name": "add"}]'),
+        {"prompt": "", "completion": ""},
+    ],
+)
+def test_what_fits_is_taken(fields: dict[str, Any]) -> None:
+    assert problem(fields) is None
+
+
+def test_five_problems_are_told_and_the_rest_counted() -> None:
+    refuse([], of="rows")
+    with pytest.raises(InputError, match=r"^x:0: bad; .*x:4: bad \(and 2 more rows\)$"):
+        refuse([(f"x:{number}", "bad") for number in range(7)], of="rows")

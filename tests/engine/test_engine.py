@@ -1,0 +1,900 @@
+"""Requests of many adapters in one batch get the answers that they get alone.
+
+Expected answers are mlx-lm's `generate_step` on the base with the adapter attached in the plain
+way. Nothing is timed.
+"""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from graft.adapters.attach import attach, lora_layers
+from graft.adapters.files import AdapterRecord
+from graft.adapters.targets import plan
+from graft.engine.engine import Engine
+from graft.engine.errors import (
+    AdapterAlreadyLoaded,
+    AdapterBusy,
+    AdapterDoesNotFit,
+    AdapterNotFound,
+    EngineClosed,
+    EngineFailed,
+    PromptTooLong,
+    QueueFull,
+    RankTooLarge,
+    TooManyAdapters,
+)
+from graft.engine.stats import Counts
+from graft.engine.streams import Stream
+from graft.errors import InputError
+from graft.pretrained.load import load_model
+from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import generate_step
+
+from support.fast_cases import ARCHITECTURES, SMALL
+from support.served import PLANS, Adapter, attached, logits_with, make_adapter, write
+from support.tiny import LLAMA, QWEN2, make_model, write_hugging_face_tokenizer, write_model
+
+NAMES = list(PLANS)
+WAIT = 60.0  # seconds, after which a test fails instead of hanging
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Tokenizer:
+    return load_tokenizer(base, 2)
+
+
+@pytest.fixture
+def model(base: Path) -> nn.Module:
+    return load_model(base)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Adapter]:
+    model = load_model(base)[0]
+    return {
+        name: make_adapter(model, seed=seed, **plan)
+        for seed, (name, plan) in enumerate(PLANS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def files(
+    adapters: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: write(folder / name, adapter) for name, adapter in adapters.items()}
+
+
+@pytest.fixture
+def engine(model: nn.Module, tokenizer: Tokenizer) -> Iterator[Engine]:
+    with Engine(model, tokenizer) as engine:
+        yield engine
+
+
+def prompt_of(number: int, length: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(number).integers(3, 500, length)]
+
+
+def alone(
+    model: nn.Module, prompt: Sequence[int], adapter: Adapter | None, count: int, scale: float = 1.0
+) -> list[int]:
+    """The likeliest continuation, token by token, up to one that ends texts."""
+    if adapter is not None:
+        with attached(model, adapter, scale):
+            return alone(model, prompt, None, count)
+    tokens: list[int] = []
+    for token, _ in generate_step(mx.array(prompt), model, max_tokens=count):
+        if int(token) == 2:
+            break
+        tokens.append(int(token))
+    return tokens
+
+
+def ids_of(stream: Stream) -> list[int]:
+    return [token.id for token in stream.result().tokens]
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.001)
+
+
+def held_up(engine: Engine) -> tuple[threading.Event, Callable[[], None]]:
+    """Stop the engine before its next step: (set once it has stopped, lets it go on)."""
+    stopped, go = threading.Event(), threading.Event()
+    step = engine._batcher.step
+
+    def held() -> None:
+        stopped.set()
+        assert go.wait(WAIT)
+        engine._batcher.step = step  # type: ignore[method-assign]
+        step()
+
+    engine._batcher.step = held  # type: ignore[method-assign]
+    return stopped, go.set
+
+
+# Rows
+
+
+def test_rows_that_join_and_leave_have_the_tokens_of_their_solo_runs(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    """The base and seven adapters, of ranks 1 to 64, prompts and answers of many lengths."""
+    requests = [
+        (
+            None if number % 8 == 0 else NAMES[number % 8 - 1],
+            prompt_of(number, 1 + 7 * (number % 5)),
+        )
+        for number in range(24)
+    ]
+    counts = [3 + (5 * number) % 23 for number in range(24)]
+    expected = [
+        alone(model, prompt, adapters.get(name or ""), count)
+        for (name, prompt), count in zip(requests, counts, strict=True)
+    ]
+    with Engine(model, tokenizer, max_rows=8) as engine:
+        for name in NAMES:
+            engine.load_adapter(name, files[name])
+        streams = []
+        for (name, prompt), count in zip(requests, counts, strict=True):
+            scales = {} if name is None else {name: 1.0}
+            streams.append(engine.submit(prompt, adapters=scales, max_tokens=count))
+            time.sleep(0.002)
+        assert [ids_of(stream) for stream in streams] == expected
+        stats = engine.stats()
+        assert stats.rows_per_step > 2 and stats.tokens == sum(map(len, expected))
+        # By adapter, the base under no name.
+        assert stats.adapters[""] == Counts(3, sum(len(expected[n]) for n in (0, 8, 16)))
+        assert {name: stats.adapters[name].requests for name in NAMES} == dict.fromkeys(NAMES, 3)
+
+
+@pytest.mark.parametrize("config, bits", [(LLAMA, 4), (QWEN2, None)], ids=["quantized", "tied"])
+def test_other_bases_too(config: dict[str, Any], bits: int | None, tmp_path: Path) -> None:
+    model, tokenizer, _ = load_model(write_model(tmp_path / "model", config, bits=bits))
+    targets = "all-linear" if bits else "embed_tokens,q_proj"
+    adapter = make_adapter(model, targets=targets)
+    path = write(tmp_path / "a", adapter)
+    prompts = [prompt_of(number, 9) for number in range(4)]
+    expected = [alone(model, p, adapter if n % 2 else None, 12) for n, p in enumerate(prompts)]
+    with Engine(model, tokenizer) as engine:
+        engine.load_adapter("a", path)
+        streams = [
+            engine.submit(p, adapters={"a": n % 2}, max_tokens=12) for n, p in enumerate(prompts)
+        ]
+        assert [ids_of(stream) for stream in streams] == expected
+
+
+SLIDING = {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}
+
+
+CHUNKED = {
+    "text_config": {
+        **SMALL,
+        "model_type": "llama4_text",
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_bias": False,
+        "use_qk_norm": True,
+        "rope_scaling": None,
+    }
+}
+ONE_BY_ONE = ["gemma2", "llama4"]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mixtral", *ONE_BY_ONE])
+def test_architectures_with_windows_experts_and_without_batches(
+    name: str,
+    base: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """mlx-lm's gemma2 fails with grouped queries in a batch, and it cannot batch llama4's caches.
+
+    So their requests go one by one.
+    """
+    own = {"gemma3_text": SLIDING, "llama4": CHUNKED}.get(name) or ARCHITECTURES[name]
+    model = make_model({**SMALL, "model_type": name, **own})
+    adapter = make_adapter(model, targets="q_proj,o_proj", rank=4)
+    path = write(tmp_path / "a", adapter)
+    prompts = [prompt_of(number, 3 + 13 * number) for number in range(4)]
+    expected = [alone(model, p, adapter if n % 2 else None, 9) for n, p in enumerate(prompts)]
+    with Engine(model, tokenizer) as engine:
+        engine.load_adapter("a", path)
+        streams = [
+            engine.submit(p, adapters={"a": n % 2}, max_tokens=9) for n, p in enumerate(prompts)
+        ]
+        assert [ids_of(stream) for stream in streams] == expected
+        assert (engine.stats().rows_per_step == 1) == (name in ONE_BY_ONE)
+    said = f"note: mlx-lm's {name} cannot compute rows of different lengths together"
+    assert (said in capsys.readouterr().err) == (name in ONE_BY_ONE)
+
+
+def test_several_adapters_and_scales_in_a_row(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    prompt = prompt_of(0, 8)
+    four, two = adapters["four"], adapters["two"]
+    scales = [{"four": -0.5}, {"four": 2}, {"four": 0.0, "two": 0}, {"two": 1, "four": -2.0}]
+    # These two are of different layers, so that they can be attached as one.
+    negative = {n: -2 * a if n.endswith("lora_b") else a for n, a in four[0].items()}
+    both = {**two[0], **negative}, AdapterRecord({**two[1].layers, **four[1].layers})
+    expected = [
+        alone(model, prompt, four, 10, -0.5),
+        alone(model, prompt, four, 10, 2.0),
+        alone(model, prompt, None, 10),
+        alone(model, prompt, both, 10),
+    ]
+    assert len(set(map(tuple, expected))) == 4
+    with Engine(model, tokenizer) as engine:
+        for name in ("two", "four"):
+            engine.load_adapter(name, files[name])
+        streams = [engine.submit(prompt, adapters=own, max_tokens=10) for own in scales]
+        assert [ids_of(stream) for stream in streams] == expected
+
+
+def test_log_probabilities_are_the_solo_run_s_to_1e_5(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    prompt = prompt_of(1, 12)
+    names: list[str | None] = [None, *NAMES]
+    runs = [alone(model, prompt, adapters.get(name or ""), 6) for name in names]
+    expected = []
+    for name, tokens in zip(names, runs, strict=True):
+        logits = logits_with(model, mx.array([prompt + tokens]), adapters.get(name or ""))
+        logprobs = nn.log_softmax(logits[0, len(prompt) - 1 : -1], axis=-1)
+        expected.append(np.array(logprobs))
+    with Engine(model, tokenizer) as engine:
+        for name in NAMES:
+            engine.load_adapter(name, files[name])
+        streams = [
+            engine.submit(prompt, adapters={n: 1.0} if n else {}, max_tokens=6, logprobs=3)
+            for n in names
+        ]
+        for stream, tokens, logprobs in zip(streams, runs, expected, strict=True):
+            infos = stream.result().tokens
+            assert [info.id for info in infos] == tokens
+            for info, row in zip(infos, logprobs, strict=True):
+                assert info.logprob == pytest.approx(row[info.id], abs=1e-5)
+                likeliest = sorted(range(512), key=lambda place: -row[place])[:3]
+                assert [place for place, _, _ in info.top] == likeliest
+                assert [p for _, _, p in info.top] == pytest.approx(row[likeliest], abs=1e-5)
+
+
+# Sampling
+
+
+def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(
+    engine: Engine, files: dict[str, Path]
+) -> None:
+    engine.load_adapter("eight", files["eight"])
+    prompt = prompt_of(2, 6)
+    settings: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "top_p": 0.9}
+    solo = ids_of(engine.submit(prompt, seed=7, **settings))
+    others = [
+        engine.submit(prompt_of(n, 3 + n), seed=n, adapters={"eight": n % 2}, **settings)
+        for n in range(6)
+    ]
+    again = engine.submit(prompt, seed=7, **settings)
+    assert ids_of(again) == solo
+    assert ids_of(engine.submit(prompt, seed=8, **settings)) != solo
+    unseeded = {tuple(ids_of(engine.submit(prompt, **settings))) for _ in range(3)}
+    assert len(unseeded) > 1
+    for stream in others:
+        stream.result()
+
+
+def test_a_stop_string_ends_an_answer_across_tokens(engine: Engine) -> None:
+    whole = engine.generate("The quick", max_tokens=24)
+    text = whole.text
+    assert whole.finish_reason == "length" and len(text) > 12
+    stop = next(text[n : n + 3] for n in range(5, len(text) - 3) if text.find(text[n : n + 3]) == n)
+    cut = engine.generate("The quick", max_tokens=24, stop=["never", stop])
+    assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
+    assert len(cut.tokens) < len(whole.tokens)
+
+
+def test_a_token_that_ends_texts_is_not_told(model: nn.Module, tokenizer: Tokenizer) -> None:
+    prompt = prompt_of(3, 5)
+    tokens = alone(model, prompt, None, 12)
+    ending = next(token for n, token in enumerate(tokens) if n > 2 and token not in tokens[:n])
+    tokenizer = Ending(tokenizer, ending)
+    with Engine(model, tokenizer) as engine:
+        found = engine.generate(prompt, max_tokens=12)
+        assert [token.id for token in found.tokens] == tokens[: tokens.index(ending)]
+        assert found.finish_reason == "stop"
+
+
+class Ending:
+    """A tokenizer with another token that ends texts."""
+
+    def __init__(self, own: Tokenizer, token: int) -> None:
+        self.encode, self.decode = own.encode, own.decode
+        self.eos_token_id, self.eos_token_ids = token, {token}
+
+
+def test_a_byte_level_tokenizer_streams_whole_characters(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "tokenizer.model").unlink()
+    write_hugging_face_tokenizer(folder)
+    model, tokenizer, _ = load_model(folder)
+    with Engine(model, tokenizer) as engine:
+        stream = engine.submit("日本", max_tokens=30, temperature=2.0, seed=0)
+        pieces = list(stream)
+    tokens = [token.id for piece in pieces for token in piece.tokens]
+    context = tokenizer.encode("日本")
+    whole = tokenizer.decode([*context, *tokens])
+    assert "".join(piece.text for piece in pieces) == whole[len(tokenizer.decode(context)) :]
+    joined = b"".join(token.bytes for piece in pieces for token in piece.tokens)
+    assert joined.decode("utf-8", "replace") == "".join(piece.text for piece in pieces)
+
+
+class Script(nn.Module):
+    """A model that says one token after another: `follow[last token]`."""
+
+    def __init__(self, follow: dict[int, int], vocabulary: int = 400) -> None:
+        super().__init__()
+        self.layers: list[nn.Module] = []
+        table = np.zeros((vocabulary, vocabulary), dtype=np.float32)
+        for token, following in follow.items():
+            table[token, following] = 10
+        self.table = mx.array(table)
+
+    def __call__(self, inputs: mx.array, cache: object = None) -> mx.array:
+        return self.table[inputs]
+
+
+def said(tokenizer: Tokenizer, prompt: str, answer: Sequence[int], **settings: Any) -> list[str]:
+    """The pieces of text of a model that answers a prompt so."""
+    ids = [*tokenizer.encode(prompt)[-1:], *answer]
+    script = Script(dict(pairwise(ids)))
+    with Engine(script, tokenizer, max_rows=1) as engine:
+        return [piece.text for piece in engine.submit(prompt, **settings)]
+
+
+def words(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that does not begin there."""
+    return tokenizer.encode(text)[1:]
+
+
+def test_a_prompt_is_not_repeated_and_the_leading_space_of_an_answer_kept(
+    tokenizer: Tokenizer,
+) -> None:
+    assert "".join(said(tokenizer, "A:", [*words(tokenizer, "The"), 2])) == " The"
+
+
+def test_an_empty_prompt_starts_from_the_start_token(tokenizer: Tokenizer) -> None:
+    ids = words(tokenizer, "The quick")
+    assert "".join(said(tokenizer, "", [*ids, 2])) == "The quick"
+
+
+def test_any_of_several_tokens_ends_a_text(base: Path) -> None:
+    tokenizer = load_tokenizer(base, [7])
+    ids = words(tokenizer, "The quick")
+    assert "".join(said(tokenizer, "", [*ids, 7])) == "The quick"
+
+
+def test_a_character_of_several_tokens_comes_at_once(tokenizer: Tokenizer) -> None:
+    ids = [token for token in words(tokenizer, "x🦊") if token not in words(tokenizer, "x")]
+    pieces = said(tokenizer, "x", [*ids, 2])
+    assert len(ids) > 1 and [piece for piece in pieces if piece] == ["🦊"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_no_more_tokens_come_than_asked_for(tokenizer: Tokenizer, count: int) -> None:
+    fox = words(tokenizer, "fox")[-1]
+    pieces = said(tokenizer, "", [fox, fox], max_tokens=count)
+    assert len(pieces) == count and "".join(pieces) == tokenizer.decode([fox] * count)
+
+
+def test_an_eos_that_the_tokenizer_puts_after_the_prompt_is_taken_off(
+    tokenizer: Tokenizer,
+) -> None:
+    own = Ending(tokenizer, 2)
+    own.encode = lambda text: [*tokenizer.encode(text), 2]
+    fox = words(tokenizer, "fox")[-1]
+    script = Script({tokenizer.encode("A:")[-1]: fox, 2: 1})
+    with Engine(script, own, max_rows=1) as engine:
+        assert engine.generate("A:", max_tokens=1).text == " fox"
+
+
+# A model with an adapter
+
+ATTACHED: dict[str, dict[str, Any]] = {
+    "LoRA": {"targets": "all-linear"},
+    "DoRA": {"targets": "all-linear", "method": "dora"},
+    "PiSSA": {"targets": "q_proj", "method": "pissa"},
+    "VeRA": {"targets": "q_proj,v_proj", "method": "vera"},
+    "(IA)3": {"targets": "k_proj,v_proj,down_proj", "method": "ia3"},
+    "norms": {"targets": "all-norms", "method": "norm"},
+    "whole weights": {"targets": "o_proj", "method": "full"},
+    "merge-first": {"targets": "q_proj", "method": "merge-first"},
+    "embedding": {"targets": "embed_tokens"},
+    "experts": {"targets": "gate_proj,up_proj,down_proj"},
+}
+
+
+def adapt(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Attach an adapter that changes the model's answers."""
+    attach(model, plan(model, **settings))
+    for number, (_, layer) in enumerate(lora_layers(model)):
+        key = mx.random.key(number)
+        moved = tree_map(
+            lambda array, key=key: array + 0.3 * mx.random.normal(array.shape, key=key),
+            layer.trainable_parameters(),
+        )
+        layer.update(moved)  # and not evaluated: the engine has to
+    model.eval()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ATTACHED)
+def test_a_model_with_any_adapter_is_served_as_it_is(
+    kind: str, bits: int | None, tokenizer: Tokenizer
+) -> None:
+    """Against whole forward passes without a cache."""
+    config = {**SMALL, **ARCHITECTURES["mixtral"], "model_type": "mixtral"}
+    model = make_model(config if kind == "experts" else LLAMA)
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.eval()
+    prompts = [prompt_of(1, 20), prompt_of(2, 5)]
+    base = [alone(model, prompt, None, 8) for prompt in prompts]
+    adapt(model, ATTACHED[kind])
+    mine = Ending(tokenizer, 2)
+    mine.eos_token_ids = set()
+    for rows in (1, 4):
+        with Engine(model, mine, max_rows=rows) as engine:
+            streams = [engine.submit(prompt, max_tokens=8) for prompt in prompts]
+            found = [ids_of(stream) for stream in streams]
+            assert engine.bank_bytes == 0
+        expected = []
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(8):
+                ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
+            expected.append(ids[len(prompt) :])
+        assert found == expected != base
+
+
+def test_no_adapter_is_loaded_beside_the_one_that_a_model_has(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    with attached(model, adapters["thirty"]), Engine(model, tokenizer) as engine:
+        with pytest.raises(AdapterDoesNotFit, match="one cannot be loaded beside the adapter that"):
+            engine.load_adapter("one", files["one"])
+        assert engine.adapters() == []
+        expected = alone(model, [5, 6, 7], None, 6)
+        assert ids_of(engine.submit([5, 6, 7], max_tokens=6)) == expected
+
+
+# Scoring
+
+
+def test_echo_scores_the_prompt_as_the_model_does(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    prompt = prompt_of(4, 45)
+    with_adapter = nn.log_softmax(logits_with(model, mx.array([prompt]), adapters["eight"])[0])
+    with Engine(model, tokenizer, prefill_tokens=7) as engine:
+        engine.load_adapter("eight", files["eight"])
+        found = engine.generate(
+            prompt, adapters={"eight": 1.0}, max_tokens=0, echo=True, logprobs=2
+        )
+        assert (found.text, found.tokens, found.finish_reason) == ("", [], "length")
+        assert [token.id for token in found.prompt] == prompt
+        assert found.prompt[0].logprob is None and found.prompt[0].top == []
+        for place, token in enumerate(found.prompt[1:]):
+            row = np.array(with_adapter[place])
+            assert token.logprob == pytest.approx(row[token.id], abs=1e-5)
+            assert token.top[0][0] == int(row.argmax()) and len(token.top) == 2
+
+
+def test_an_answer_after_echo_is_the_same_as_without(engine: Engine) -> None:
+    for length in (1, 2, 20):
+        prompt = prompt_of(5, length)
+        echoed = engine.generate(prompt, max_tokens=8, echo=True)
+        plain = engine.generate(prompt, max_tokens=8)
+        assert [token.id for token in echoed.tokens] == [token.id for token in plain.tokens]
+        assert len(echoed.prompt) == length and plain.prompt == []
+
+
+# The prompt cache
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path], adapters: dict[str, Adapter]
+) -> None:
+    shared = prompt_of(6, 60)
+    prompts = [[*shared, *prompt_of(7, 9)], [*shared, *prompt_of(8, 4)]]
+    expected = [alone(model, prompt, adapters["two"], 10) for prompt in prompts]
+    with Engine(model, tokenizer) as engine:
+        engine.load_adapter("two", files["two"])
+        engine.load_adapter("twin", files["two"])
+        engine.load_adapter("four", files["four"])
+
+        def cached(prompt: list[int], **scales: float) -> int:
+            return engine.generate(prompt, adapters=scales, max_tokens=3).cached_tokens
+
+        first = engine.generate(prompts[0], adapters={"two": 1.0}, max_tokens=10)
+        second = engine.generate(prompts[1], adapters={"two": 1.0}, max_tokens=10)
+        assert (first.cached_tokens, second.cached_tokens) == (0, 60)
+        assert [[token.id for token in found.tokens] for found in (first, second)] == expected
+        # What was said goes on from the answer; one token at least is computed.
+        said = [*prompts[0], *expected[0]]
+        assert cached([*said, 9, 9], two=1.0) == len(said)
+        assert cached(prompts[0], two=1.0) == len(prompts[0]) - 1
+        # The content counts, not the name; another scale or adapter is other content.
+        assert cached(prompts[0], twin=1.0) == len(prompts[0]) - 1
+        assert (
+            cached(prompts[0], two=0.5) == cached(prompts[0], four=1.0) == cached(prompts[0]) == 0
+        )
+        engine.unload_adapter("two")
+        assert cached(prompts[0], twin=1.0) == 0
+        stats = engine.stats()
+        assert stats.prompt_cache_hits == 4 and stats.prompt_cache_bytes > 0
+
+
+def test_the_prompt_cache_has_a_bound(model: nn.Module, tokenizer: Tokenizer) -> None:
+    one = 40 * 3 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, dims, bytes
+    with Engine(model, tokenizer, prompt_cache_bytes=2 * one) as engine:
+        for number in range(6):
+            engine.generate(prompt_of(number, 39), max_tokens=1)
+            assert engine.stats().prompt_cache_bytes <= 2 * one
+        assert engine.stats().prompt_cache_bytes > 0
+
+
+# Loading
+
+
+def test_adapters_tell_what_they_are(engine: Engine, files: dict[str, Path]) -> None:
+    for name in ("two", "thirty"):
+        engine.load_adapter(name, files[name])
+    first, second = engine.adapters()
+    assert (first.id, first.name, first.rank, first.path) == (0, "two", 2, str(files["two"]))
+    assert second.targets == ("model.layers.1.mlp.up_proj",)
+    assert second.bytes == 4 * 32 * (64 + 128)  # rank 30 is padded to 32
+    assert engine.bank_bytes > engine.stats().bank_bytes > first.bytes + second.bytes
+
+
+def test_the_five_limits_of_loading(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_model({**LLAMA, "hidden_size": 32})
+    foreign = write(tmp_path / "foreign", make_adapter(other, targets="q_proj", rank=2))
+    with Engine(model, tokenizer, max_adapters=1, max_rank=8) as engine:
+        with pytest.raises(RankTooLarge, match="twelve has rank 12 and the limit is 8"):
+            engine.load_adapter("twelve", files["twelve"])
+        with pytest.raises(AdapterNotFound, match="no adapter at"):
+            engine.load_adapter("a", tmp_path / "nothing")
+        with pytest.raises(AdapterDoesNotFit, match="q_proj"):
+            engine.load_adapter("a", foreign)
+        engine.load_adapter("two", files["two"])
+        with pytest.raises(AdapterAlreadyLoaded):
+            engine.load_adapter("two", files["four"])
+        with pytest.raises(TooManyAdapters):
+            engine.load_adapter("four", files["four"])
+        for missing in (
+            lambda: engine.unload_adapter("four"),
+            lambda: engine.submit([1], adapters={"four": 1.0}),
+        ):
+            with pytest.raises(AdapterNotFound, match="'four'"):
+                missing()
+        stopped, go_on = held_up(engine)
+        stream = engine.submit([5, 6], adapters={"two": 1.0}, max_tokens=3)
+        assert stopped.wait(WAIT)
+        with pytest.raises(AdapterBusy, match="in use by 1 requests"):
+            engine.unload_adapter("two")
+        go_on()
+        assert len(ids_of(stream)) == 3
+        engine.unload_adapter("two")
+        assert engine.adapters() == []
+
+
+def test_unloading_can_wait_for_the_requests(engine: Engine, files: dict[str, Path]) -> None:
+    engine.load_adapter("two", files["two"])
+    stopped, go_on = held_up(engine)
+    stream = engine.submit([5, 6], adapters={"two": 1.0}, max_tokens=5)
+    assert stopped.wait(WAIT)
+    with pytest.raises(AdapterBusy, match="in use"):
+        engine.unload_adapter("two", wait=True, timeout=0.01)
+    thread = threading.Thread(target=lambda: engine.unload_adapter("two", wait=True))
+    thread.start()
+    wait_for(lambda: engine._adapters.find("two").leaving)
+    with pytest.raises(AdapterNotFound):  # no new ones meanwhile
+        engine.submit([5], adapters={"two": 1.0})
+    go_on()
+    thread.join(WAIT)
+    assert not thread.is_alive() and engine.adapters() == []
+    assert len(ids_of(stream)) == 5
+
+
+def test_a_replacement_is_for_new_requests_alone(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    prompt = prompt_of(9, 5)
+    expected = [alone(model, prompt, adapters[name], 12) for name in ("two", "sixty-four")]
+    assert expected[0] != expected[1]
+    with Engine(model, tokenizer, max_adapters=1) as engine:
+        before = engine.load_adapter("a", files["two"])
+        stream = engine.submit(prompt, adapters={"a": 1.0}, max_tokens=12)
+        assert stream.get(WAIT) is not None
+        stopped, go_on = held_up(engine)
+        assert stopped.wait(WAIT)
+        loading = threading.Thread(
+            target=lambda: engine.load_adapter("a", files["sixty-four"], replace=True)
+        )
+        loading.start()
+        go_on()
+        loading.join(WAIT)
+        after = engine.adapters()[0]
+        new = engine.submit(prompt, adapters={"a": 1.0}, max_tokens=12)
+        rest = [token.id for piece in stream for token in piece.tokens]
+        assert rest == expected[0][1:]
+        assert ids_of(new) == expected[1]
+        assert after.digest != before.digest and after.id == before.id
+        wait_for(lambda: engine.stats().bank_bytes == 2 * after.bytes)
+        engine.load_adapter("a", files["two"], replace=True)
+        assert ids_of(engine.submit(prompt, adapters={"a": 1.0}, max_tokens=12)) == expected[0]
+
+
+def test_loading_and_unloading_change_nothing_for_those_that_run(
+    model: nn.Module, tokenizer: Tokenizer, adapters: dict[str, Adapter], files: dict[str, Path]
+) -> None:
+    prompts = [prompt_of(number, 6) for number in range(8)]
+    names = [NAMES[number % 4] for number in range(8)]
+    expected = [
+        alone(model, prompt, adapters[name], 60)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    with Engine(model, tokenizer) as engine:
+        for name in NAMES[:4]:
+            engine.load_adapter(name, files[name])
+        streams = [
+            engine.submit(prompt, adapters={name: 1.0}, max_tokens=60)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        changes = 0
+        while not all(stream.ended for stream in streams):
+            engine.load_adapter("new", files[NAMES[4 + changes % 3]])
+            engine.unload_adapter("new")
+            changes += 1
+        assert [ids_of(stream) for stream in streams] == expected
+        assert changes > 2
+
+
+@pytest.mark.usefixtures("exact_memory")
+def test_swaps_leave_the_base_and_give_the_memory_back(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
+) -> None:
+    arrays = dict(tree_flatten(model.parameters()))
+    before = {name: np.array(array).tobytes() for name, array in arrays.items()}
+    with Engine(model, tokenizer, prompt_cache_bytes=0) as engine:
+
+        def swap_all() -> int:
+            for name in NAMES:
+                engine.load_adapter("a", files[name])
+                engine.generate([5, 6, 7], adapters={"a": 1.0}, max_tokens=2)
+                engine.unload_adapter("a")
+            gc.collect()
+            return mx.get_active_memory()
+
+        first = swap_all()
+        swap_all()
+        assert swap_all() <= first
+        assert engine.stats().bank_bytes == 0
+    after = dict(tree_flatten(model.parameters()))
+    assert all(after[name] is array for name, array in arrays.items())
+    assert {name: np.array(array).tobytes() for name, array in after.items()} == before
+
+
+# Requests that end early, and engines
+
+
+def test_a_cancelled_request_frees_its_row_and_its_adapter(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
+) -> None:
+    with Engine(model, tokenizer, max_rows=1) as engine:
+        engine.load_adapter("two", files["two"])
+        running = engine.submit([5, 6], adapters={"two": 1.0}, max_tokens=400)
+        waiting = engine.submit([5, 6], adapters={"two": 1.0}, max_tokens=400)
+        third = engine.submit([5, 6], max_tokens=3)
+        assert running.get(WAIT) is not None and waiting.state == "queued"
+        waiting.cancel()
+        wait_for(lambda: waiting.ended)
+        steps = engine.stats().steps
+        running.cancel()
+        wait_for(lambda: running.ended)
+        assert engine.stats().steps - steps < 400
+        assert (running.state, waiting.state) == ("cancelled", "cancelled")
+        assert len(ids_of(third)) == 3
+        assert waiting.get() is None
+        engine.unload_adapter("two")
+        scored = engine.submit(prompt_of(0, 300), max_tokens=0, echo=True)
+        scored.cancel()
+        wait_for(lambda: scored.ended)
+        assert len(engine.generate([5], max_tokens=2).tokens) == 2
+
+
+def test_a_full_queue_says_when_to_try_again(model: nn.Module, tokenizer: Tokenizer) -> None:
+    with Engine(model, tokenizer, max_rows=1, max_queue=2) as engine:
+        stopped, go_on = held_up(engine)
+        first = engine.submit([5], max_tokens=2)
+        assert stopped.wait(WAIT)
+        others = [engine.submit([5], max_tokens=2) for _ in range(2)]
+        with pytest.raises(QueueFull, match=r"2 requests wait.*try again in 1 s") as error:
+            engine.submit([5])
+        assert error.value.retry_after_seconds == 1.0
+        go_on()
+        assert [len(ids_of(stream)) for stream in (first, *others)] == [2, 2, 2]
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_tokens(engine: Engine) -> None:
+    with pytest.raises(PromptTooLong, match="513 tokens; shorten it to 512") as error:
+        engine.submit([5] * 513)
+    assert (error.value.tokens, error.value.limit) == (513, 512)
+    assert len(engine.generate([5] * 510, max_tokens=20).tokens) == 2  # the context's end
+
+
+def test_bad_requests_are_refused_before_they_have_a_row(engine: Engine) -> None:
+    for prompt in ("", []):
+        bad: dict[str, Any] = {"prompt": prompt} if prompt else {"prompt": []}
+        with pytest.raises(InputError, match="empty"):
+            engine.submit(**bad)
+    with pytest.raises(InputError, match="not UTF-8 at character 2"):
+        engine.submit("a\ud800")
+    with pytest.raises(InputError, match=r"temperature -1 .*top_p 2 "):
+        engine.submit([5], temperature=-1, top_p=2)
+    with pytest.raises(InputError, match="below 512: 512"):
+        engine.submit([5, 512])
+    with pytest.raises(InputError, match="stop"):
+        engine.submit([5], stop="x")
+    assert engine.stats().running == engine.stats().queued == 0
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_other(engine: Engine) -> None:
+    expected = ids_of(engine.submit([5, 6], max_tokens=4))
+
+    def fail() -> None:
+        engine._batcher.step = step  # type: ignore[method-assign]
+        raise RuntimeError("out of memory\nat line 3")
+
+    step = engine._batcher.step
+    engine._batcher.step = fail  # type: ignore[method-assign]
+    stream = engine.submit([5, 6], max_tokens=4)
+    with pytest.raises(
+        EngineFailed, match="a step of the batch failed: RuntimeError: out of memory"
+    ):
+        stream.result()
+    assert stream.state == "failed"
+    assert ids_of(engine.submit([5, 6], max_tokens=4)) == expected
+
+
+def test_an_adapter_that_cannot_be_installed_leaves_no_trace(
+    engine: Engine, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ids_of(engine.submit([5, 6], max_tokens=4))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._bank, "_append", fail)
+        with pytest.raises(EngineFailed, match=r"the change of adapters failed: .* out of memory"):
+            engine.load_adapter("two", files["two"])
+    assert engine.adapters() == [] and engine.stats().bank_bytes == 0
+    assert ids_of(engine.submit([5, 6], max_tokens=4)) == expected
+    assert engine.load_adapter("two", files["two"]).id == 0
+
+
+def test_what_fails_outside_of_steps_fails_everything_and_hangs_nothing(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
+) -> None:
+    with Engine(model, tokenizer) as engine:
+
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        engine._admit = fail  # type: ignore[method-assign]
+        with pytest.raises(EngineFailed, match="the engine failed: RuntimeError: a bug"):
+            engine.generate([5, 6], max_tokens=4)
+        with pytest.raises(EngineClosed):
+            engine.load_adapter("two", files["two"])
+
+
+def test_closing_lets_what_runs_end_within_the_time(model: nn.Module, tokenizer: Tokenizer) -> None:
+    names = [name for name, _ in model.named_modules()]
+    engine = Engine(model, tokenizer)
+    stream = engine.submit([5, 6], max_tokens=20)
+    engine.close(timeout=WAIT)
+    assert (stream.state, len(ids_of(stream))) == ("finished", 20)
+    for refused in (
+        lambda: engine.submit([5]),
+        lambda: engine.load_adapter("a", "a"),
+        lambda: engine.unload_adapter("a"),
+    ):
+        with pytest.raises(EngineClosed):
+            refused()
+    engine.close()
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_closing_cancels_the_rest_and_leaves_no_thread(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
+) -> None:
+    expected = model(mx.array([[5, 6]]))
+    before = set(threading.enumerate())
+    engine = Engine(model, tokenizer, max_rows=2)
+    engine.load_adapter("two", files["two"])
+    streams = [engine.submit([5, 6], adapters={"two": 1}, max_tokens=400) for _ in range(4)]
+    assert streams[0].get(WAIT) is not None
+    engine.close()
+    assert {stream.state for stream in streams} == {"cancelled"}
+    assert set(threading.enumerate()) == before
+    assert mx.array_equal(model(mx.array([[5, 6]])), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the system's threads in /proc")
+def test_loading_from_many_threads_leaves_none_behind(
+    model: nn.Module, tokenizer: Tokenizer, files: dict[str, Path]
+) -> None:
+    with Engine(model, tokenizer) as engine:
+
+        def swap() -> None:
+            engine.load_adapter("two", files["two"])
+            engine.generate([5, 6], adapters={"two": 1.0}, max_tokens=2)
+            engine.unload_adapter("two")
+
+        def count_after(times: int) -> int:
+            for _ in range(times):
+                thread = threading.Thread(target=swap)
+                thread.start()
+                thread.join(WAIT)
+            return len(list(Path("/proc/self/task").iterdir()))
+
+        first = count_after(2)
+        assert count_after(8) < first + 4
+
+
+def test_limits_must_be_1_or_more(model: nn.Module, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="max_rank 0, max_rows -1: must be 1 or more"):
+        Engine(model, tokenizer, max_rank=0, max_rows=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["engine.close()", ""])
+def test_a_program_that_ends_with_its_engine_ends_well(end: str, base: Path) -> None:
+    """MLX's per-thread state takes the interpreter's lock when a thread ends."""
+    program = (
+        "import sys\nfrom graft.engine.engine import Engine\n"
+        "from graft.pretrained.load import load_model\n"
+        "engine = Engine(*load_model(sys.argv[1])[:2])\n"
+        f"engine.generate([5, 6], max_tokens=4)\n{end}\n"
+    )
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", program, str(base)], check=True)

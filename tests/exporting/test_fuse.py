@@ -1,0 +1,227 @@
+"""graft/exporting/fuse.py: a model with its adapter inside, and what it keeps of it."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import graft  # noqa: F401
+from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.exporting import fuse as fusing
+from graft.pretrained.load import load_model, read_model
+from graft.quantization.divergence import compare, take_sample
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from support.fusion_cases import adapter_of
+from support.paths import ROOT
+from support.tiny import LLAMA, TEXTS, write_model, write_rows
+
+
+@pytest.fixture(params=[mx.float32, mx.float16], ids=str)
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A quantized model, an adapter of it in a file, and data."""
+    base = write_model(tmp_path / "base", bits=4)
+    weights = mx.load(str(base / "model.safetensors"))
+    floats = {n: a.astype(request.param) for n, a in weights.items() if a.dtype == mx.float32}
+    mx.save_safetensors(str(base / "model.safetensors"), {**weights, **floats})
+    model, record, _ = adapter_of(base, size=0.06)
+    save_adapter(tmp_path / "run" / "adapters.npz", model, record)
+    # One of each pair is compared on, the other shows what inputs are like.
+    pairs = [text for text in TEXTS for _ in range(2)]
+    write_rows(tmp_path / "data", train=TEXTS, valid=pairs)
+    return tmp_path
+
+
+def command(run: Path, *arguments: str, out: str = "out", check: str = "data/valid.jsonl") -> int:
+    return fusing.main(
+        [
+            *("--model", str(run / "base"), "--adapter-file", str(run / "run" / "adapters.npz")),
+            *("--out", str(run / out), "--check-data", str(run / check), *arguments),
+        ]
+    )
+
+
+def number(printed: str, name: str) -> float:
+    line = next(line for line in printed.splitlines() if name in line)
+    return float(line.split(name)[1].split()[0].strip("%"))
+
+
+def test_what_is_compared_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(run, "--max-kl", "100") == 0
+    printed = capsys.readouterr().out
+    model, tokenizer, _ = load_model(run / "base")
+    found, _ = read_model(run / "out")
+    tokens = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in TEXTS]
+    tensors, record = load_adapter(run / "run" / "adapters.npz")
+    apply_adapter(model, tensors, record, name="a")
+    model.eval()
+    total, count, losses = 0.0, 0, [0.0, 0.0]
+    for row in tokens:  # by hand, a row at a time
+        one, two = (np.array(nn.log_softmax(m(mx.array([row[:-1]]))[0])) for m in (model, found))
+        total += float((np.exp(one) * (one - two)).sum())
+        count += len(row) - 1
+        for which, log_probs in enumerate((one, two)):
+            losses[which] -= float(log_probs[np.arange(len(row) - 1), row[1:]].sum())
+    assert number(printed, "mean KL divergence") == pytest.approx(total / count, abs=2e-5)
+    assert number(printed, "loss") == pytest.approx(losses[0] / count, abs=2e-4)
+    line = next(line for line in printed.splitlines() if line.startswith("  loss"))
+    assert float(line.split()[-1]) == pytest.approx(losses[1] / count, abs=2e-4)
+    assert "more bits" not in printed
+
+
+def test_layers_get_more_bits_until_the_divergence_holds(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(run, "--max-kl", "100") == 0
+    before = number(capsys.readouterr().out, "mean KL divergence")
+    limit = before / 40
+    assert command(run, "--max-kl", str(limit), "--force") == 0
+    printed = capsys.readouterr().out
+    assert number(printed, "mean KL divergence") <= limit + 1e-5
+    said = [line.split(": ")[1] for line in printed.splitlines() if " bits: " in line]
+    modules = read_model(run / "out")[0].named_modules()
+    changed = [path for path, module in modules if getattr(module, "bits", 4) != 4]
+    assert said and sorted(said) == sorted(changed)
+    assert f"so as not to lose the adapter: {len(said)}\n" in printed
+
+
+def test_a_divergence_of_nothing_ends_with_whole_layers(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(run, "--max-kl", "1e-12") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("whole: model.layers") == 3 * 7
+    assert number(printed, "mean KL divergence") < 1e-5
+
+
+def test_regard_to_inputs_comes_before_more_bits(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(run, "--max-kl", "100") == 0
+    before = number(capsys.readouterr().out, "mean KL divergence")
+    plain = (run / "out" / "model.safetensors").stat().st_size
+    assert command(run, "--max-kl", str(before / 2), "--force") == 0
+    printed = capsys.readouterr().out
+    assert number(printed, "mean KL divergence") <= before / 2
+    assert " bits: " not in printed
+    assert (run / "out" / "model.safetensors").stat().st_size == plain
+
+
+def test_layers_without_an_adapter_that_q_bits_rounds_get_care_and_bits_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, record, _ = adapter_of(write_model(tmp_path / "base"), "q_proj", size=0.06)
+    save_adapter(tmp_path / "run" / "adapters.npz", model, record)
+    write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS * 2)
+    assert command(tmp_path, "--q-bits", "4", "--max-kl", "1e-3") == 0
+    assert number(capsys.readouterr().out, "mean KL divergence") <= 1e-3
+    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("out", "base")]
+    assert sizes[0] < sizes[1] / 4
+
+
+def test_dequantized_needs_no_more_bits(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(run, "--dequantize") == 0
+    assert number(capsys.readouterr().out, "mean KL divergence") < 1e-5
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    assert status == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_without_a_name_the_base_is_the_recorded_one(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--adapter-file", str(run / "run"), "--check-data", str(run / "data/valid.jsonl")]
+    assert fusing.main([*files, "--max-kl", "100", "--out", str(run / "one")]) == 0
+    assert capsys.readouterr().err == ""
+    assert command(run, "--max-kl", "100") == 0
+    one, out = (run / name / "model.safetensors" for name in ("one", "out"))
+    assert one.read_bytes() == out.read_bytes()
+    (run / "base").rename(run / "moved")
+    assert "no model folder" in refusal(capsys, fusing.main([*files, "--out", str(run / "two")]))
+    named = ["--model", str(run / "moved"), "--max-kl", "100", "--out", str(run / "two")]
+    assert fusing.main([*files, *named]) == 0
+    assert f"was trained on {run / 'base'}; fusing into" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "give more than 0" in refusal(capsys, command(run, "--max-kl", "0"))
+    assert "gone" in refusal(capsys, command(run, check="gone.jsonl"))
+    assert "owner/name" in refusal(capsys, command(run, "--upload-repo", "x"))
+    other = write_model(run / "other", {**LLAMA, "intermediate_size": 96})
+    shutil.rmtree(run / "base")
+    other.rename(run / "base")
+    said = refusal(capsys, command(run))
+    assert "mlp.down_proj.lora_a has shape (128, 4), the model needs (96, 4)" in said
+    assert not (run / "out").exists()
+    (run / "out").mkdir()
+    assert "--force" in refusal(capsys, command(run))
+
+
+@pytest.mark.parametrize("run", [mx.float16], indirect=True, ids=str)
+def test_a_fused_model_of_no_numbers_is_not_written(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, record, _ = adapter_of(run / "base", "v_proj", size=1e3)
+    save_adapter(run / "run" / "adapters.npz", model, record)
+    assert command(run, "--max-kl", "100") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "has a loss of nan" in said and said.count("\n") == 1
+    assert [path.name for path in run.glob("*out*")] == []
+
+
+# ---- the default data -------------------------------------------------------------------------
+
+
+def measured(model: nn.Module, rows: Sequence[Any], folder: Path) -> float:
+    return compare(take_sample(model, rows, folder), model).adapter_loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iters", [40, 150])
+def test_a_fused_4_bit_model_keeps_95_percent_of_the_gain(
+    iters: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import convert
+    import lora
+    from graft.data.batches import sample_rows
+    from graft.data.examples import load_splits
+    from graft.pretrained.load import EMBEDDED_MODEL
+
+    base, adapter = tmp_path / "base", tmp_path / "run" / "adapters.npz"
+    convert.convert(base, torch_path=EMBEDDED_MODEL, quantize=True, file_format="safetensors")
+    data = str(ROOT / "datasets" / "mlx-docs")
+    options = {"--iters": iters, "--learning-rate": 1e-3, "--val-batches": 1, "--data": data}
+    words = [str(word) for pair in options.items() for word in pair]
+    files = ["--model", str(base), "--adapter-file", str(adapter), "--max-seq-length", "256"]
+    assert lora.main(["--train", *files, *words]) == 0
+    out = ["--out", str(tmp_path / "out")]
+    assert fusing.main([*files[:4], *out]) == 0
+    model, tokenizer, _ = load_model(base)
+    split = load_splits(data, tokenizer, ["test"], max_length=256)["test"]
+    rows = sample_rows(split.examples, 40, seed=1)
+    before = measured(model, rows, tmp_path)
+    tensors, record = load_adapter(adapter)
+    apply_adapter(model, tensors, record, name="a")
+    model.eval()
+    adapted = measured(model, rows, tmp_path)
+    fused = read_model(tmp_path / "out")[0]
+    kept = (before - measured(fused, rows, tmp_path)) / (before - adapted)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, tmp_path / "out")]
+    with capsys.disabled():
+        print(f"\ngain {before - adapted:.3f}, kept {kept:.2%}, size {sizes[1] / sizes[0]:.3f}")
+    assert before - adapted > 0.1
+    assert kept >= 0.95
+    assert sizes[1] <= 1.1 * sizes[0]

@@ -1,0 +1,145 @@
+"""The Hub and the commands that use it, against a stand-in that the Hub's client talks to."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import graft  # noqa: F401
+from graft.adapters.attach import LayerSetting
+from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+
+import mlx.core as mx
+import pytest
+
+from support.hub_stand_in import Hub, running_hub
+from support.paths import ROOT
+from support.tiny import TEXTS, write_model, write_rows
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as running:
+        yield running
+
+
+def command(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does, with the stand-in for the Hub."""
+    return subprocess.run(
+        [sys.executable, "-m", "graft", *arguments],
+        cwd=folder,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(folder / "hf"),
+            "HF_TOKEN": "hf_secret",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A base, data and an adapter with the losses of its run."""
+    write_model(tmp_path / "base", bits=4)
+    write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS)
+    tensors = {
+        f"{Q}.lora_a": 0.1 * mx.random.normal((64, 4), key=mx.random.key(0)),
+        f"{Q}.lora_b": 0.1 * mx.random.normal((4, 64), key=mx.random.key(1)),
+    }
+    options = {"data": "data", "learning_rate": 1e-4, "seed": 0}
+    record = AdapterRecord({Q: LayerSetting(4, 6.0)}, "base", options=options)
+    write_adapter(tmp_path / "run" / "adapters.npz", tensors, record)
+    rows = [{"kind": "eval", "split": "valid", "loss": loss} for loss in (3.5, 2.25)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("form", "out", "files", "use"),
+    [
+        ("mlx-lm", "out", {"adapters.safetensors", "adapter_config.json"}, "mlx_lm.generate"),
+        ("peft", "out", {"adapter_model.safetensors", "adapter_config.json"}, "PeftModel"),
+        ("gguf", "a.gguf", {"a.gguf"}, "llama-cli -m base.gguf --lora a.gguf"),
+        ("npz", "out", {"adapters.npz", "adapter_config.json"}, "--adapter-file me/mine"),
+    ],
+)
+def test_an_exported_adapter_goes_to_the_hub_and_comes_back(
+    form: str, out: str, files: set[str], use: str, hub: Hub, run: Path
+) -> None:
+    done = command(
+        hub, run, "export", "run", "--to", form, "--out", out, "--upload-repo", "me/mine"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"uploaded to {hub.address}/me/mine/commit/" in done.stdout
+    assert hub.tokens == {"Bearer hf_secret"}
+    stored = hub.repositories["me/mine"]
+    assert stored.keys() == files | {"README.md"}
+    for name in files:
+        local = run / out if (run / out).is_file() else run / out / name
+        assert stored[name] == local.read_bytes()
+    card = stored["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: ")
+    for told in (use, "lora, rank 4, 1 layers", "Data: data", "Loss on valid: 2.250"):
+        assert told in card
+    assert str(run) not in card
+    again = command(hub, run, "inspect", "me/mine", "--json")
+    assert again.returncode == 0, again.stderr
+    described = json.loads(again.stdout)
+    assert described["layers"][Q]["rank"] == 4 and described["layers"][Q]["alpha"] == 6.0
+    assert described["format"] == ("graft" if form == "npz" else form)
+
+
+def test_a_fused_model_goes_to_the_hub(hub: Hub, run: Path) -> None:
+    names = ["--model", "base", "--adapter-file", "run", "--out", "out"]
+    done = command(hub, run, "fuse", *names, "--upload-repo", "me/model")
+    assert (done.returncode, done.stderr) == (0, "")
+    stored = hub.repositories["me/model"]
+    assert stored.keys() == {file.name for file in (run / "out").iterdir()} | {"README.md"}
+    assert stored["model.safetensors"] == (run / "out" / "model.safetensors").read_bytes()
+    assert "mlx_lm.generate --model me/model" in stored["README.md"].decode()
+
+
+def test_training_starts_and_measures_with_an_adapter_of_the_hub(hub: Hub, run: Path) -> None:
+    done = command(hub, run, "export", "run", "--to", "peft", "--out", "p", "--upload-repo", "a/b")
+    assert done.returncode == 0, done.stderr
+    write_rows(run / "data", test=TEXTS)
+    test = ["lora", "--model", "base", "--data", "data", "--test"]
+    ours = command(hub, run, *test, "--adapter-file", "run/adapters.npz")
+    theirs = command(hub, run, *test, "--adapter-file", "a/b")
+    assert theirs.returncode == 0, theirs.stderr
+    lines = [next(x for x in d.stdout.splitlines() if "loss" in x) for d in (ours, theirs)]
+    measured = [line.split("loss")[1].split()[0] for line in lines]
+    assert measured[0] == measured[1]
+    train = ["lora", "--model", "base", "--data", "data", "--train", "--iters", "1"]
+    more = ["--resume-adapter-file", "a/b", "--adapter-file", "more/adapters.npz"]
+    done = command(hub, run, *train, *more, "--learning-rate", "0")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_adapter(run / name)[0] for name in ("run", "more"))
+    assert all(mx.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_a_hub_that_refuses_is_one_line_and_what_was_written_stays(hub: Hub, run: Path) -> None:
+    hub.refuse = True
+    arguments = ["export", "run", "--to", "peft", "--out", "out", "--upload-repo", "me/mine"]
+    done = command(hub, run, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "the Hub does not take it as me/mine" in done.stderr
+    assert (run / "out" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_the_hub_does_not_have_is_one_line(hub: Hub, run: Path) -> None:
+    done = command(hub, run, "inspect", "nobody/nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nobody/nothing is no folder here")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,159 @@
+"""Attention and sigmoid for the CPU give what MLX's own give, and their gradients."""
+
+from typing import Any
+
+import graft  # noqa: F401
+from graft.runtime import attention as module
+from graft.runtime.attention import attention, sigmoid
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from support.fast_cases import ARCHITECTURES, make_adapted
+
+on_cpu = pytest.mark.skipif(
+    mx.default_device().type != mx.DeviceType.cpu, reason="speaks of the CPU backend"
+)
+# (batch, heads, groups, queries, keys, dims)
+SHAPES = [
+    (1, 8, 8, 64, 64, 32),
+    (2, 8, 4, 150, 150, 32),
+    (2, 4, 1, 40, 90, 16),
+    (3, 6, 2, 33, 33, 8),
+]
+
+
+def normal(*shape: int, seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def inputs(shape: tuple[int, ...]) -> list[mx.array]:
+    batch, heads, groups, queries, keys, dims = shape
+    return [
+        normal(batch, heads, queries, dims, seed=0),
+        normal(batch, groups, keys, dims, seed=1),
+        normal(batch, groups, keys, dims, seed=2),
+    ]
+
+
+def outcome(function: Any, arrays: list[mx.array], mask: Any) -> list[mx.array]:
+    """The output, and the gradients of a weighted sum of it."""
+    weights = normal(*arrays[0].shape, seed=3)
+    scale = arrays[0].shape[-1] ** -0.5
+
+    def weighted(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return (function(q, k, v, scale=scale, mask=mask) * weights).sum()
+
+    gradients = mx.grad(weighted, argnums=(0, 1, 2))(*arrays)
+    return [function(*arrays, scale=scale, mask=mask), *gradients]
+
+
+def assert_as_mlx_has_it(shape: tuple[int, ...], mask: Any) -> None:
+    arrays = inputs(shape)
+    expected = outcome(module._original, arrays, mask)
+    for found, array in zip(outcome(attention, arrays, mask), expected, strict=True):
+        assert found.shape == array.shape
+        assert mx.abs(found - array).max() <= 1e-5 * mx.abs(array).max()
+
+
+@on_cpu
+@pytest.mark.parametrize("mask", [None, "causal"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_and_its_gradients_are_those_of_mlx(shape: tuple[int, ...], mask: Any) -> None:
+    assert_as_mlx_has_it(shape, mask)
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("of", ["keys", "queries", "batch", "heads"])
+def test_masks_of_every_shape_count_as_for_mlx(kind: str, of: str) -> None:
+    shape = batch, heads, _, queries, keys, _ = SHAPES[1]
+    sizes = {
+        "keys": (1, keys),
+        "queries": (queries, keys),
+        "batch": (batch, 1, queries, keys),
+        "heads": (batch, heads, queries, keys),
+    }[of]
+    mask = normal(*sizes, seed=4)
+    if kind == "bool":
+        # Every query sees at least the first key.
+        mask = (mask > 0) | (mx.arange(keys) == 0)
+    assert_as_mlx_has_it(shape, mask)
+
+
+@on_cpu
+@pytest.mark.parametrize("mask", [None, "causal", "bool"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_blocks_of_queries_give_what_all_of_them_give(
+    monkeypatch: pytest.MonkeyPatch, mask: Any, kept: bool
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(module, "KEPT_VALUES", 2**40 if kept else 0)
+    if mask == "bool":
+        mask = mx.tril(mx.ones((150, 150), mx.bool_))
+    assert_as_mlx_has_it(SHAPES[1], mask)
+
+
+@pytest.mark.usefixtures("exact_memory")
+@on_cpu
+def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
+    def peak(tokens: int) -> int:
+        arrays = inputs((1, 8, 8, tokens, tokens, 16))
+        mx.eval(arrays)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(outcome(attention, arrays, "causal"))
+        return mx.get_peak_memory() - before
+
+    # Eight times the tokens would be 64 times the weights, which alone would be 512 MB.
+    assert peak(4096) < 12 * peak(512)
+
+
+@on_cpu
+def test_few_queries_and_other_types_are_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def original(q: mx.array, *_: Any, **__: Any) -> mx.array:
+        asked.append((q.shape[2], q.dtype))
+        return q
+
+    monkeypatch.setattr(module, "_original", original)
+    q, k, v = inputs(SHAPES[0])
+    attention(q[:, :, -1:], k, v, scale=1.0)
+    attention(*(array.astype(mx.float16) for array in (q, k, v)), scale=1.0)
+    attention(q, k, v, scale=1.0, sinks=mx.zeros(8))
+    assert asked == [(1, mx.float32), (64, mx.float16), (64, mx.float32)]
+
+
+@on_cpu
+def test_sigmoid_and_its_gradient_are_those_of_mlx() -> None:
+    x = mx.concatenate([normal(1000, seed=0), mx.array([-1e4, -90.0, 0.0, 90.0, 1e4])])
+    assert mx.allclose(sigmoid(x), module._original_sigmoid(x), rtol=1e-5, atol=1e-7)
+    ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (sigmoid, nn.sigmoid))
+    assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert sigmoid(x.astype(mx.float16)).dtype == mx.float16
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_give_what_they_give_with_the_attention_of_mlx(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_adapted(name)
+    tokens = mx.arange(80).reshape(2, 40) % 60
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", module._original)
+    monkeypatch.setattr(mx, "sigmoid", module._original_sigmoid)
+    expected = model(tokens)
+    mx.eval(expected)
+    asked = []
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda *a, **k: asked.append(1) or attention(*a, **k),
+    )
+    monkeypatch.setattr(mx, "sigmoid", sigmoid)
+    assert mx.abs(model(tokens) - expected).max() <= 1e-5 * mx.abs(expected).max()
+    # Caps of its own keep gemma2 from MLX's attention.
+    assert bool(asked) == (name != "gemma2")

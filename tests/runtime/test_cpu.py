@@ -1,0 +1,272 @@
+import os
+import subprocess
+import sys
+
+import graft  # noqa: F401
+from graft.runtime import cpu as backend
+from graft.runtime.cpu import CompiledStep, DequantizingLinear, suit_backend
+from models import MANY_ROWS, dense_weight, fused, weight_shape
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from support.paths import ROOT
+from support.tiny import LLAMA, QWEN2, make_model
+
+INPUT_DIMS, OUTPUT_DIMS = 256, 48
+QUANTIZATIONS = [
+    *(("affine", bits, size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)),
+    ("mxfp4", 4, 32),
+    ("nvfp4", 4, 16),
+    ("mxfp8", 8, 32),
+]
+MANY = MANY_ROWS
+
+on_cpu = pytest.mark.skipif(not backend.runs_on_cpu(), reason="speaks of the CPU backend")
+
+
+def make_quantized(mode: str, bits: int, group_size: int, *, bias: bool) -> nn.QuantizedLinear:
+    mx.random.seed(1)
+    linear = nn.Linear(INPUT_DIMS, OUTPUT_DIMS, bias=bias)
+    if bias:
+        linear.bias = mx.random.normal((OUTPUT_DIMS,))
+    return nn.QuantizedLinear.from_linear(linear, group_size, bits, mode)
+
+
+def rows(*shape: int) -> mx.array:
+    return mx.random.normal((*shape, INPUT_DIMS), key=mx.random.key(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("mode", "bits", "group_size"), QUANTIZATIONS)
+def test_the_outputs_are_those_of_a_quantized_linear(
+    mode: str, bits: int, group_size: int, bias: bool
+) -> None:
+    plain = make_quantized(mode, bits, group_size, bias=bias)
+    ours = DequantizingLinear.of(plain)
+    for shape in [(1,), (MANY - 1,), (MANY,), (2, MANY), (3, 2, 5)]:
+        x = rows(*shape)
+        assert ours(x).shape == (*shape, OUTPUT_DIMS)
+        np.testing.assert_allclose(np.array(ours(x)), np.array(plain(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("mode", "bits", "group_size"), QUANTIZATIONS)
+def test_the_gradients_of_the_input_are_those_of_a_quantized_linear(
+    mode: str, bits: int, group_size: int, bias: bool
+) -> None:
+    plain = make_quantized(mode, bits, group_size, bias=bias)
+    ours = DequantizingLinear.of(plain)
+    for shape in [(2,), (MANY,), (2, MANY)]:
+        x = rows(*shape)
+        expected, found = (
+            mx.grad(lambda x, layer=layer: mx.tanh(layer(x)).sum())(x) for layer in (plain, ours)
+        )
+        np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
+
+
+def test_many_rows_are_multiplied_by_the_dense_weight_and_few_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    dense = backend.dense_weight
+    monkeypatch.setattr(backend, "dense_weight", lambda layer: calls.append(1) or dense(layer))
+    layer = DequantizingLinear.of(make_quantized("affine", 4, 32, bias=False))
+    mx.eval(layer(rows(MANY - 1)))
+    assert calls == []
+    mx.eval(layer(rows(MANY)))
+    assert calls == [1]
+
+
+def test_the_backward_pass_dequantizes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    dense = backend.dense_weight
+    monkeypatch.setattr(backend, "dense_weight", lambda layer: calls.append(1) or dense(layer))
+    layer = DequantizingLinear.of(make_quantized("affine", 4, 32, bias=False))
+    mx.eval(mx.grad(lambda x: layer(x).sum())(rows(MANY)))
+    assert calls == [1, 1]
+
+
+def test_the_twin_shares_its_arrays_and_is_frozen() -> None:
+    plain = make_quantized("affine", 3, 64, bias=True)
+    ours = DequantizingLinear.of(plain)
+    assert isinstance(ours, nn.QuantizedLinear)
+    assert (ours.bits, ours.group_size, ours.mode) == (3, 64, "affine")
+    for name, array in tree_flatten(plain.parameters()):
+        assert ours[name] is array
+    assert not tree_flatten(ours.trainable_parameters())
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_model_of_half_precision_becomes_float32_on_the_cpu(dtype: mx.Dtype) -> None:
+    model = make_model(LLAMA)
+    model.set_dtype(dtype)
+    before = dict(tree_flatten(model.parameters()))
+    backend.suit_backend(model)
+    for name, array in tree_flatten(model.parameters()):
+        assert array.dtype == mx.float32
+        assert mx.array_equal(array, before[name].astype(mx.float32))
+
+
+@on_cpu
+@pytest.mark.parametrize("config", [LLAMA, QWEN2])
+def test_a_quantized_model_keeps_its_logits(config: dict) -> None:
+    model = make_model(config)
+    nn.quantize(model, group_size=32, bits=4)
+    tokens = mx.array([[1, 5, 9, 300, 7, 2, 11, 12, 13, 14]])
+    expected = model(tokens)
+    packed = {n: a for n, a in tree_flatten(model.parameters()) if a.dtype == mx.uint32}
+    backend.suit_backend(model)
+    kinds = {type(module) for _, module in model.named_modules()}
+    assert DequantizingLinear in kinds and nn.QuantizedLinear not in kinds
+    after = dict(tree_flatten(model.parameters()))
+    assert packed and all(after[name] is array for name, array in packed.items())
+    np.testing.assert_allclose(np.array(model(tokens)), np.array(expected), atol=1e-5)
+
+
+def test_on_a_gpu_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: False)
+    model = make_model(LLAMA)
+    nn.quantize(model, group_size=32, bits=4)
+    model.set_dtype(mx.float16)
+    before = dict(model.named_modules())
+    arrays = dict(tree_flatten(model.parameters()))
+    backend.suit_backend(model)
+    assert all(module is before[path] for path, module in model.named_modules())
+    assert all(array is arrays[name] for name, array in tree_flatten(model.parameters()))
+
+
+def test_a_missing_compiler_is_said_and_compiling_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend.sys, "platform", "linux")
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    calls = []
+    monkeypatch.setattr(backend.mx, "disable_compile", lambda: calls.append("off"))
+    backend.check_compiler()
+    assert calls == ["off"]
+    assert "install g++" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("platform", "cpu", "compiler"),
+    [("linux", True, "/bin/g++"), ("linux", False, None), ("darwin", True, None)],
+)
+def test_where_compiling_works_nothing_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    platform: str,
+    cpu: bool,
+    compiler: str | None,
+) -> None:
+    monkeypatch.setattr(backend.sys, "platform", platform)
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: cpu)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(backend.mx, "disable_compile", lambda: pytest.fail("turned off"))
+    backend.check_compiler()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("cpu", "told"), [(True, False), (False, True)])
+def test_a_step_runs_as_it_is_on_the_cpu_and_where_mlx_is_told_not_to_compile(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, told: bool
+) -> None:
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: cpu)
+    if told:
+        monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    calls = []
+    step = CompiledStep(lambda x: calls.append(x.shape) or x + 1, [])
+    assert [step(mx.array([n])).item() for n in range(3)] == [1, 2, 3]
+    assert calls == [(1,)] * 3
+    assert (step.traces, step.shapes) == (0, set())
+
+
+def test_the_traces_of_a_compiled_step_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: two widths, of which one comes again, and one of another type, for no need."""
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: False)
+    step = CompiledStep(lambda sums, group: {"loss": sums["loss"] + group[0].sum()}, [])
+    sums = {"loss": mx.array(0.0)}
+    for width in (4, 5, 4, 4):
+        sums = step(sums, [mx.ones((2, width))])
+    assert sums["loss"].item() == 2 * (4 + 5 + 4 + 4)
+    assert (step.traces, len(step.shapes)) == (2, 2)
+    step(sums, [mx.ones((2, 4), dtype=mx.int32)])
+    assert (step.traces, len(step.shapes)) == (3, 2)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_an_exponential_is_one(monkeypatch: pytest.MonkeyPatch, cpu: bool) -> None:
+    monkeypatch.setattr(backend, "runs_on_cpu", lambda: cpu)
+    x = np.concatenate([np.linspace(-80, 0, 1000), [-np.inf, -200.0, 0.0]]).astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(
+        np.array(backend.exponential(mx.array(x))), expected, rtol=1e-5, atol=1e-38
+    )
+
+
+@pytest.mark.parametrize(("metal", "told"), [(True, [12345]), (False, [])])
+def test_metal_is_told_to_keep_its_memory_resident(
+    monkeypatch: pytest.MonkeyPatch, metal: bool, told: list[int]
+) -> None:
+    limits: list[int] = []
+    information = {"max_recommended_working_set_size": 12345}
+    monkeypatch.setattr(backend.mx.metal, "is_available", lambda: metal)
+    monkeypatch.setattr(backend.mx, "device_info", lambda: information)
+    monkeypatch.setattr(backend.mx, "set_wired_limit", limits.append)
+    backend.suit_backend(make_model(LLAMA))
+    assert limits == told
+
+
+@on_cpu
+def test_whole_weights_are_kept_where_they_fit_and_change_nothing() -> None:
+    model = make_model(LLAMA)
+    nn.quantize(model, group_size=32, bits=4)
+    suit_backend(model)
+    tokens = mx.arange(24).reshape(2, 12)
+    expected, saved = model(tokens), sorted(dict(tree_flatten(model.parameters())))
+    layers = [m for _, m in model.named_modules() if isinstance(m, DequantizingLinear)]
+    size = sum(4 * weight_shape(layer)[0] * weight_shape(layer)[1] for layer in layers)
+    assert backend.keep_whole_weights(model, size - 1) == 0
+    assert all(layer.kept is None for layer in layers)
+    assert backend.keep_whole_weights(model, size) == size
+    assert sum(layer.kept.nbytes for layer in layers) == size
+    assert mx.array_equal(model(tokens), expected)
+    assert sorted(dict(tree_flatten(model.parameters()))) == saved
+
+
+def test_shortcuts_can_be_switched_off() -> None:
+    code = (
+        "import lora, models, mlx.core as mx, mlx.nn as nn\n"
+        "from graft.runtime.cpu import suit_backend\n"
+        "before = mx.fast.scaled_dot_product_attention, mx.sigmoid\n"
+        "model = nn.Sequential(models.LoRALinear(nn.Linear(8, 8), 2))\n"
+        "suit_backend(model)\n"
+        "print(before == (mx.fast.scaled_dot_product_attention, mx.sigmoid),"
+        " model.layers[0]._multiplies_in_one(mx.ones((9, 8))))"
+    )
+    for setting, expected in (("off", "True False"), ("on", "False True")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "GRAFT_SHORTCUTS": setting},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if sys.platform == "linux" and backend.runs_on_cpu():
+            assert done.stdout.strip() == expected
+
+
+@on_cpu
+def test_a_layer_made_of_one_that_keeps_its_whole_weight_multiplies_with_its_own() -> None:
+    layer = DequantizingLinear.of(nn.QuantizedLinear.from_linear(nn.Linear(64, 48), 32, 4))
+    layer.keep()
+    changed = fused(layer, {"weight": mx.ones((48, 64))})
+    x = mx.ones((MANY, 64))
+    assert mx.allclose(changed(x), x @ dense_weight(changed).T + changed.bias, rtol=1e-5)
+    assert not mx.allclose(changed(x), layer(x), rtol=0.1)

@@ -1,0 +1,86 @@
+"""Tiny adapters for one base, and what the base gives with one attached in the plain way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graft.adapters.attach import attach, detach, lora_layers
+from graft.adapters.files import (
+    AdapterRecord,
+    adapter_tensors,
+    apply_adapter,
+    layer_settings,
+    write_adapter,
+)
+from graft.adapters.targets import plan
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Adapter = tuple[dict[str, mx.array], AdapterRecord]
+
+# Of different ranks and targets, one of them for the output and one for a single layer.
+PLANS: dict[str, dict[str, Any]] = {
+    "one": {"targets": "all-linear", "rank": 1},
+    "two": {"targets": "q_proj,v_proj", "rank": 2},
+    "four": {"targets": "gate_proj,up_proj,down_proj", "rank": 4},
+    "eight": {"targets": "all-linear", "rank": 8, "alpha": 4.0},
+    "twelve": {"targets": "o_proj,lm_head", "rank": 12},
+    "thirty": {"targets": "model.layers.1.mlp.up_proj", "rank": 30, "method": "rslora"},
+    "sixty-four": {"targets": "q_proj,down_proj", "rank": 64},
+}
+
+
+def make_adapter(model: nn.Module, *, seed: int = 0, **settings: Any) -> Adapter:
+    """An adapter whose update is not zero, and small enough to leave logits about as large."""
+    attach(model, plan(model, **settings), seed=seed)
+    for number, (_, layer) in enumerate(lora_layers(model)):
+        tensors = layer.tensors()
+        key = mx.random.key(1000 * seed + number)
+        noise = 0.05 * mx.random.normal(tensors["lora_b"].shape, key=key)
+        layer.load({**tensors, "lora_b": tensors["lora_b"] + noise})
+    adapter = adapter_tensors(model), AdapterRecord(layer_settings(model))
+    mx.eval(adapter[0])
+    detach(model)
+    return adapter
+
+
+def write_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """Each of `PLANS` in a folder of its own; returns those by name."""
+    paths = {}
+    for seed, (name, settings) in enumerate(PLANS.items()):
+        paths[name] = write(folder / name, make_adapter(model, seed=seed, **settings))
+    return paths
+
+
+def write(folder: Path, adapter: Adapter) -> Path:
+    folder.mkdir(parents=True)
+    write_adapter(folder / "adapters.safetensors", *adapter)
+    return folder
+
+
+@contextmanager
+def attached(model: nn.Module, adapter: Adapter, scale: float = 1.0) -> Iterator[nn.Module]:
+    """The model with an adapter attached as for training, its update times `scale`."""
+    tensors, record = adapter
+    halves = {n: scale * a if n.endswith("lora_b") else a for n, a in tensors.items()}
+    apply_adapter(model, halves, record, name="a")
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def logits_with(
+    model: nn.Module, tokens: mx.array, adapter: Adapter | None, scale: float = 1.0
+) -> mx.array:
+    """What the model gives for `tokens` with an adapter attached, or without one."""
+    if adapter is None:
+        logits = model(tokens)
+        mx.eval(logits)
+        return logits
+    with attached(model, adapter, scale):
+        logits = model(tokens)
+        mx.eval(logits)
+    return logits

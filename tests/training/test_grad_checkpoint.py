@@ -1,0 +1,127 @@
+"""Gradient checkpointing: the same gradients, less memory."""
+
+from typing import Any
+
+import lora
+from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.errors import InputError
+from graft.training.grad_checkpoint import checkpoint_blocks
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from support.tiny import LLAMA, make_model
+
+
+def adapted(config: dict[str, Any] = LLAMA, *, dropout: float = 0.0, bits: int = 0) -> nn.Module:
+    """A model with an adapter that is not zero."""
+    model = make_model(config)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    linear = (nn.Linear, nn.QuantizedLinear)
+    paths = [p for p, m in model.named_modules() if isinstance(m, linear) and "layers" in p]
+    attach(model, {path: LayerSetting(4, 8.0) for path in paths}, dropout=dropout)
+    for _, layer in lora_layers(model):
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    model.train()
+    mx.eval(model.parameters())
+    return model
+
+
+def rows(shape: tuple[int, int], vocabulary: int) -> tuple[mx.array, mx.array, mx.array]:
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (shape[0], shape[1] + 1))
+    return mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.ones(shape, dtype=mx.bool_)
+
+
+def gradients(model: nn.Module, *, passes: int = 1) -> tuple[float, dict[str, mx.array]]:
+    """The loss and the gradients of the last of several passes that follow one seed."""
+    mx.random.seed(7)
+    step = nn.value_and_grad(model, lora.loss)
+    for _ in range(passes):
+        (loss, _), tree = step(model, *rows((2, 24), 512))
+        mx.eval(loss, tree)
+    return loss.item(), dict(tree_flatten(tree))
+
+
+@pytest.mark.parametrize("bits", [0, 4], ids=["whole", "quantized"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_gradients_are_equal(bits: int, dropout: float, passes: int) -> None:
+    """Also where inputs drop out: the second time as the first, and the next pass as without."""
+    model = adapted(dropout=dropout, bits=bits)
+    loss, expected = gradients(model, passes=passes)
+    checkpoint_blocks(model)
+    same, found = gradients(model, passes=passes)
+    assert same == pytest.approx(loss, rel=1e-6)
+    assert found.keys() == expected.keys() and len(found) == 2 * 7 * 3
+    for name, gradient in expected.items():
+        scale = mx.abs(gradient).max().item()
+        assert scale > 0
+        assert mx.abs(found[name] - gradient).max().item() <= 1e-5 * scale, name
+
+
+def test_compiled_steps_recompute_the_same_random_numbers() -> None:
+    """As on a GPU, where the step is compiled with the state of the random numbers captured."""
+    model = adapted({**LLAMA, "num_hidden_layers": 1}, dropout=0.3)
+    batch = rows((2, 8), 512)
+
+    def step() -> tuple[mx.array, Any]:
+        (loss, _), tree = nn.value_and_grad(model, lora.loss)(model, *batch)
+        return loss, tree
+
+    _, expected = gradients_of(step)
+    checkpoint_blocks(model)
+    state = [model.state, mx.random.state]
+    _, found = gradients_of(mx.compile(step, inputs=state, outputs=state))
+    for name, gradient in expected.items():
+        scale = mx.abs(gradient).max().item()
+        assert mx.abs(found[name] - gradient).max().item() <= 1e-5 * scale, name
+
+
+def gradients_of(step: Any) -> tuple[float, dict[str, mx.array]]:
+    mx.random.seed(7)
+    loss, tree = step()
+    mx.eval(loss, tree)
+    return loss.item(), dict(tree_flatten(tree))
+
+
+@pytest.mark.usefixtures("exact_memory")
+def test_it_takes_less_memory() -> None:
+    config = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 384}
+    model = adapted(config)
+    kept = peak(model)
+    checkpoint_blocks(model)
+    assert peak(model) < 0.6 * kept
+
+
+def peak(model: nn.Module) -> int:
+    """Bytes that a gradient takes above what is there before it."""
+    batch = rows((4, 128), 512)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(nn.value_and_grad(model, lora.loss)(model, *batch))
+    return mx.get_peak_memory() - before
+
+
+def test_the_layers_keep_their_types_and_names() -> None:
+    model = adapted()
+    types, names = [type(b) for b in model.layers], [n for n, _ in tree_flatten(model.parameters())]
+    checkpoint_blocks(model)
+    assert all(isinstance(b, t) for b, t in zip(model.layers, types, strict=True))
+    assert [n for n, _ in tree_flatten(model.parameters())] == names
+
+
+def test_doing_it_twice_is_doing_it_once() -> None:
+    model = adapted()
+    checkpoint_blocks(model)
+    types = [type(block) for block in model.layers]
+    checkpoint_blocks(model)
+    assert [type(block) for block in model.layers] == types
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--grad-checkpoint: Linear"):
+        checkpoint_blocks(nn.Linear(2, 2))
