@@ -20,7 +20,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from graft.errors import InputError, command
+from graft.cli.command import command
+from graft.errors import InputError
 from graft.pretrained.hugging_face import find_folder, open_hugging_face_folder
 from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.meta import open_meta_folder

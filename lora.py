@@ -27,9 +27,10 @@ from graft.adapters.files import (
     save_adapter,
 )
 from graft.adapters.targets import plan_run, read_originals
+from graft.cli.command import command
 from graft.data.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
 from graft.data.examples import Split, describe, load_splits
-from graft.errors import RunError, command
+from graft.errors import RunError
 from graft.pretrained.load import fingerprint, load_model
 from graft.pretrained.tokenizer import Tokenizer
 from graft.runtime.interrupts import Interrupts
@@ -570,7 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, checkpoint = resolve(run_options.parse(build_parser(), arguments))
     check_options(options)
     if options.train and options.restarts and not is_supervised():
-        return supervise_run(options, [str(Path(__file__).resolve()), *arguments])
+        return supervise_run(options, arguments)
     model, tokenizer, config = load_model(options.model)
     splits = load(options, tokenizer, context=config.get("max_position_embeddings"))
     if options.train:

@@ -4,21 +4,21 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from graft import __version__
-from graft.errors import InputError, command
+from graft.cli.command import command
+from graft.errors import InputError
 
 VERBS = {
     "bench": ("graft.cli.bench:main", "measure speed and memory, beside other tools"),
     "chat": ("graft.cli.chat:main", "talk to a model, and choose adapters between answers"),
-    "convert": ("convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
+    "convert": ("graft.convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
     "dataset": ("graft.corpus.build:main", "build a dataset from the documentation of packages"),
     "export": ("graft.exporting.export:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
     "extract": ("graft.exporting.merge:main_extract", "find the adapter between two models"),
     "fuse": ("graft.exporting.fuse:main", "write a model with its adapter inside"),
     "inspect": ("graft.exporting.describe:main", "say what an adapter file is"),
-    "lora": ("lora:main", "train, evaluate and generate with an adapter"),
+    "lora": ("graft.lora:main", "train, evaluate and generate with an adapter"),
     "merge": ("graft.exporting.merge:main_merge", "make one adapter of several"),
     "serve": ("graft.server.launch:main", "serve a model with many adapters over HTTP"),
     "targets": (
@@ -50,13 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _entry(target: str) -> Callable[[Sequence[str]], int]:
-    """The function that "module:function" names.
-
-    The root modules stand beside the graft package, in a checkout as in an installation. That place
-    goes first, so that a `models.py` in the user's own folder is not taken for Graft's.
-    """
+    """The function that "module:function" names."""
     module, function = target.split(":")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     entry: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     return entry
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.adapters.layer_kinds import Kind
-from models import dense_weight, fused, merge, scale_of, unmerge
+from graft.models import dense_weight, fused, merge, scale_of, unmerge
 
 import mlx.core as mx
 import mlx.nn as nn

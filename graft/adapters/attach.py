@@ -21,7 +21,7 @@ from graft.adapters.layer_kinds import (
 )
 from graft.adapters.methods import MERGE_FIRST, METHODS, loftq_start, make_layer
 from graft.errors import InputError
-from models import LoRALayer, is_quantized, linear_dims
+from graft.models import LoRALayer, is_quantized, linear_dims
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -26,12 +26,12 @@ from graft.adapters.formats.rotary import reordered
 from graft.adapters.layer_kinds import Parts
 from graft.adapters.methods import LOW_RANK_METHODS, METHODS, stored_rank
 from graft.errors import InputError
+from graft.models import scale_of
 from graft.pretrained.hub import fetch_from_hub
 from graft.pretrained.load import read_json
 from graft.storage.atomic import new_file
 from graft.storage.tensor_file import read_tensor_file
 from graft.storage.weight_files import Output, write_npz
-from models import scale_of
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from models import is_quantized, linear_dims, weight_shape, with_arrays
+from graft.models import is_quantized, linear_dims, weight_shape, with_arrays
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.adapters.adapted_layer import AdaptedLayer, Factors, Formula, whole_weight
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, LINEAR, VECTOR, Kind
-from models import LoRALinear, dense_layer, dense_weight, is_quantized, with_arrays
+from graft.models import LoRALinear, dense_layer, dense_weight, is_quantized, with_arrays
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -21,11 +21,12 @@ from graft.adapters.attach import (
 )
 from graft.adapters.layer_kinds import LINEAR, VECTOR, Kind, Parts, kind_of
 from graft.adapters.methods import METHODS
-from graft.errors import InputError, command
+from graft.cli.command import command
+from graft.errors import InputError
+from graft.models import is_quantized, linear_dims, weight_shape
 from graft.pretrained.load import find_folder, read_model
 from graft.training import options as run_options
 from graft.training.options import DEFAULT_ALPHA, Options
-from models import is_quantized, linear_dims, weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn

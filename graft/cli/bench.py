@@ -23,7 +23,8 @@ from typing import Any
 from graft.bench import work as bench_work
 from graft.bench.peers import BATCH, LEARNING_RATE, MAX_TOKENS, STEPS, WARM_UP
 from graft.bench.work import WORKS, Work
-from graft.errors import InputError, Parser, command
+from graft.cli.command import Parser, command
+from graft.errors import InputError
 from graft.runtime import blas
 from graft.storage.atomic import new_file
 

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from graft.cli.command import Parser, command
 from graft.data.chat_template import ChatError, ChatFormat
-from graft.errors import InputError, Parser, command
+from graft.errors import InputError
 
 if TYPE_CHECKING:
     from graft.engine.engine import Engine

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from graft.cli.command import command
 from graft.corpus import near_duplicates as splits
 from graft.corpus.docstring_text import clean, shorten
 from graft.corpus.package_reading import Documentation, Report, read_package
 from graft.corpus.packages import Package, find_packages
-from graft.errors import InputError, command
+from graft.errors import InputError
 from graft.storage.atomic import check_free, check_writable, new_folder
 
 _LEAST_CHARS = 200  # a question, a path and a sentence

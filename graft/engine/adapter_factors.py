@@ -22,7 +22,7 @@ from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, LINEAR, Kind,
 from graft.adapters.methods import stored_rank
 from graft.engine.errors import AdapterDoesNotFit, AdapterNotFound, RankTooLarge
 from graft.errors import InputError
-from models import is_quantized, weight_shape
+from graft.models import is_quantized, weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -14,8 +14,8 @@ from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
 from graft.adapters.formats.adapter import guess_kind, products
 from graft.adapters.methods import LOW_RANK_METHODS
-from graft.errors import Parser, command
-from models import scale_of
+from graft.cli.command import Parser, command
+from graft.models import scale_of
 
 import mlx.core as mx
 

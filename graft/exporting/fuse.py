@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.files import apply_adapter
+from graft.cli.command import Parser, command
 from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
 from graft.data.sources import check_place
-from graft.errors import InputError, Parser, RunError, command
+from graft.errors import InputError, RunError
 from graft.exporting.export import add_shared_options, open_source, publish
 from graft.exporting.fused_model import BITS, WEIGHTS, WHOLE, Fusion, fuse, quantized_bits
 from graft.pretrained.load import load_model, read_model
@@ -202,11 +203,11 @@ def sample_text(
 def _own_text() -> list[str]:
     import graft.adapters.layer_kinds
     import graft.adapters.methods
+    import graft.models
     import graft.quantization.divergence
-    import models
 
     modules = (
-        models,
+        graft.models,
         graft.adapters.layer_kinds,
         graft.adapters.methods,
         graft.quantization.divergence,

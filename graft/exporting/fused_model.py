@@ -20,11 +20,11 @@ from graft.adapters.formats.rotary import to_halves
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, EMBEDDING_INPUT
 from graft.adapters.methods import make_layer
 from graft.errors import InputError
+from graft.models import dense_layer, is_quantized, weight_shape, with_arrays
 from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
 from graft.pretrained.load import EMBEDDED_MODEL, find_folder
 from graft.storage.lazy_tensors import read, size_bytes
 from graft.storage.weight_files import Output, write_safetensors
-from models import dense_layer, is_quantized, weight_shape, with_arrays
 
 import mlx.core as mx
 import mlx.nn as nn

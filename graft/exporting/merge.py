@@ -23,12 +23,13 @@ from graft.adapters.formats import Adapter
 from graft.adapters.formats.adapter import EMBEDDING_NAMES, Product, from_products, products
 from graft.adapters.formats.rotary import reordered
 from graft.adapters.methods import truncated_svd
-from graft.errors import InputError, Parser, command
+from graft.cli.command import Parser, command
+from graft.errors import InputError
 from graft.exporting.export import as_adapter, export, find_base
+from graft.models import dense_weight, weight_shape, with_arrays
 from graft.pretrained.lazy_model import BaseFiles, open_base
 from graft.pretrained.load import find_folder
 from graft.storage.lazy_tensors import read
-from models import dense_weight, weight_shape, with_arrays
 
 import mlx.core as mx
 

@@ -15,9 +15,9 @@ from graft.adapters.attach import lora_layers
 from graft.adapters.layer_kinds import LINEAR, kind_of
 from graft.data.batches import Batch
 from graft.exporting.fused_model import BITS, WHOLE, Fusion, load_arrays, settings_like
+from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
 from graft.quantization.divergence import Comparison, Sample, compare
 from graft.quantization.gptq import grams, quantize_for
-from models import LoRALayer, dense_layer, weight_shape, with_arrays
 
 import mlx.core as mx
 import mlx.nn as nn

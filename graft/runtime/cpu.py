@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from graft.models import MANY_ROWS, dense_weight, takes_shortcuts, weight_shape
 from graft.runtime import attention
-from models import MANY_ROWS, dense_weight, takes_shortcuts, weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.errors import InputError, Parser, command, first_line
+from graft.cli.command import Parser, command
+from graft.errors import InputError, first_line
 from graft.runtime.interrupts import Interrupts
 
 if TYPE_CHECKING:

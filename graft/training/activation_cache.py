@@ -19,11 +19,11 @@ from typing import Any
 from graft.adapters.targets import block_paths
 from graft.data.batches import group_rows, pad
 from graft.data.examples import Example, Split
+from graft.models import weight_shape
 from graft.runtime.workers import Lanes, groups
 from graft.storage.atomic import new_file
 from graft.training.memory_plan import machine_bytes
 from graft.training.step import Arrays, Loss
-from models import weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -17,9 +17,9 @@ from itertools import accumulate
 from typing import Any
 
 from graft.adapters.attach import lora_layers
+from graft.models import dense_weight, is_quantized, linear_dims, weight_shape
 from graft.runtime.cpu import exponential, runs_on_cpu
 from graft.training.packing import forward
-from models import dense_weight, is_quantized, linear_dims, weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.errors import InputError, Parser
+from graft.cli.command import Parser
+from graft.errors import InputError
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "linear", "cosine")

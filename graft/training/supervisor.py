@@ -17,6 +17,8 @@ from graft.training.run_folder import RunFiles
 
 # Tells a child what it is; an option would find its way into the record of the run.
 SUPERVISED = "GRAFT_SUPERVISED"
+# The child of a supervisor: `lora.py` by its verb.
+COMMAND: Sequence[str] = ("-m", "graft", "lora")
 
 
 def is_supervised() -> bool:
@@ -24,12 +26,12 @@ def is_supervised() -> bool:
     return SUPERVISED in os.environ
 
 
-def supervise_run(options: Options, command: Sequence[str]) -> int:
-    """Train as `command` says in a child process; `--restarts` of `options` says how often again.
+def supervise_run(options: Options, arguments: Sequence[str]) -> int:
+    """Train in a child process, started again up to `--restarts` times if it is killed.
 
     Args:
-        options: of the command.
-        command: a Python file and its arguments.
+        options: the parsed options.
+        arguments: the command line that they came from, for the child.
     """
     store = RunFiles(options).store
     earlier = store.stamps()
@@ -39,7 +41,7 @@ def supervise_run(options: Options, command: Sequence[str]) -> int:
         return ["--resume"] if store.stamps() - earlier else []
 
     return supervise(
-        [sys.executable, *command],
+        [sys.executable, *COMMAND, *arguments],
         resume,
         restarts=options.restarts,
         batch_size=options.batch_size,

@@ -105,8 +105,9 @@ OPTIONS = shlex.split("--iters 8 --batch-size 4 --save-every 3 --learning-rate 1
 PROGRAM = """
 import os, signal, sys, time
 import graft, lora
+from graft.training import supervisor
 
-lora.__file__ = __file__
+supervisor.COMMAND = [__file__]
 take = lora.take_step
 
 def take_or_die(run, batches):

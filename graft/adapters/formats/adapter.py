@@ -12,7 +12,7 @@ from graft.adapters.attach import LayerSetting
 from graft.adapters.layer_kinds import Parts
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.errors import InputError
-from models import RANK_STABILIZED, scale_of
+from graft.models import RANK_STABILIZED, scale_of
 
 import mlx.core as mx
 

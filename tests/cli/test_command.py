@@ -5,7 +5,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from graft.errors import InputError, Parser, command
+from graft.cli.command import Parser, command
+from graft.errors import InputError
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
 def test_a_closed_pipe_ends_silently() -> None:
     code = (
         "import sys\n"
-        "from graft.errors import command\n"
+        "from graft.cli.command import command\n"
         "@command\n"
         "def main(argv=None):\n"
         "    while True: print('line', flush=True)\n"
