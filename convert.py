@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +25,17 @@ from graft.pretrained.hugging_face import find_folder, open_hugging_face_folder
 from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.meta import open_meta_folder
 from graft.pretrained.mlx_names import (
-    collapsed,
     parameters_of,
     quantization_of,
     translated,
     under_mlx_names,
+)
+from graft.quantization.choose import (
+    BITS,
+    GROUP_SIZES,
+    Quantization,
+    quantization_settings,
+    quantize,
 )
 from graft.storage.atomic import check_free, new_folder
 from graft.storage.lazy_tensors import LazyTensor, blocks, check_fit, size_bytes
@@ -38,10 +43,7 @@ from graft.storage.weight_files import Output, write_npz, write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 WRITERS = {
     "npz": ("weights.npz", write_npz),
@@ -57,11 +59,8 @@ TOKENIZER_EXTRAS = (
     "chat_template*",
     "generation_config.json",
 )
-# A head is known by Meta's name too, as in the MLX example's converter.
-META_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 
 Tensors = dict[str, LazyTensor]
-Quantization = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -178,25 +177,6 @@ def convert(
     return report
 
 
-def quantization_settings(bits: int | None, group_size: int | None) -> Quantization:
-    """What config.json says of a quantized model; affine, 4 bits and groups of 64 by default.
-
-    Raises:
-        InputError: bits or group size that MLX has no kernels for.
-    """
-    bits = 4 if bits is None else bits
-    group_size = 64 if group_size is None else group_size
-    problems = []
-    if bits not in BITS:
-        problems.append(f"--q-bits {bits} is not supported; choose one of {_listed(BITS)}")
-    if group_size not in GROUP_SIZES:
-        sizes = _listed(GROUP_SIZES)
-        problems.append(f"--q-group-size {group_size} is not supported; choose one of {sizes}")
-    if problems:
-        raise InputError("; ".join(problems))
-    return {"group_size": group_size, "bits": bits, "mode": "affine"}
-
-
 def open_source(torch_path: str | Path | None, hf_path: str | Path | None) -> Source:
     """Find the configuration and the tensors of a checkpoint; no weight is read yet.
 
@@ -296,58 +276,6 @@ def write_model(
     for file in source.tokenizer:
         shutil.copyfile(file, folder / file.name)
     return Report(folder / WRITERS[file_format][0], parameters, before, after, notes=notes)
-
-
-def quantize(
-    model: nn.Module, settings: Quantization, skip: Sequence[str]
-) -> tuple[dict[str, Quantization], list[str]]:
-    """Choose the layers to quantize as mlx-lm does, by their class and the model's own rule.
-
-    Args:
-        model: the architecture, not quantized.
-        settings: group size, bits and mode.
-        skip: names or globs of layers to leave whole.
-
-    Returns:
-        The settings of each chosen layer, by path, and notes on those that stay whole.
-
-    Raises:
-        InputError: a name in `skip` matches no layer, or no layer is left to quantize.
-    """
-    leaves = cast(Any, tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
-    layers = {path: module for path, module in leaves if hasattr(module, "to_quantized")}
-    rule = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    chosen: dict[str, Quantization] = {}
-    whole: dict[str, list[str]] = {"as --q-skip says": _matching(skip, layers)}
-    for path, module in layers.items():
-        wanted, width = rule(path, module), module.weight.shape[-1]
-        layer = settings | (wanted if isinstance(wanted, dict) else {})
-        if path in whole["as --q-skip says"]:
-            continue
-        if not wanted:
-            whole.setdefault("as mlx-lm leaves them in this architecture", []).append(path)
-        elif width % settings["group_size"] or width % layer["group_size"]:
-            reason = f"since groups of {layer['group_size']} do not divide their width of {width}"
-            whole.setdefault(reason, []).append(path)
-        else:
-            chosen[path] = layer
-    notes = [f"whole, {why}: {_listed(collapsed(paths))}" for why, paths in whole.items() if paths]
-    if not chosen:
-        raise InputError(f"-q leaves nothing to quantize ({'; '.join(notes)})")
-    return chosen, notes
-
-
-def _matching(patterns: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """The paths that a pattern matches: as a glob, or as one or more whole parts of the path."""
-    names = {pattern: META_NAMES.get(pattern, pattern) for pattern in patterns}
-    matches = {
-        pattern: [path for path in paths if fnmatchcase(path, name) or f".{name}." in f".{path}."]
-        for pattern, name in names.items()
-    }
-    if unmatched := [pattern for pattern, found in matches.items() if not found]:
-        there = _listed(collapsed(paths))
-        raise InputError(f"--q-skip {' '.join(unmatched)} matches no layer; there are {there}")
-    return [path for path in paths if any(path in found for found in matches.values())]
 
 
 def plan(

@@ -22,10 +22,11 @@ from graft.data.examples import Example, load_splits
 from graft.data.sources import check_place
 from graft.errors import InputError, RunError
 from graft.exporting.export import add_shared_options, open_source, publish
-from graft.exporting.fused_model import BITS, WEIGHTS, WHOLE, Fusion, fuse, quantized_bits
+from graft.exporting.fused_model import WEIGHTS, Fusion, fuse, quantized_bits
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
 from graft.quantization.bit_allocation import Refinement
+from graft.quantization.choose import BITS, WHOLE
 from graft.quantization.divergence import Comparison, Sample, compare, take_sample
 from graft.storage.atomic import check_free, new_folder
 

@@ -20,19 +20,17 @@ from graft.adapters.formats.rotary import to_halves
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, EMBEDDING_INPUT
 from graft.adapters.methods import make_layer
 from graft.errors import InputError
-from graft.models import dense_layer, is_quantized, weight_shape, with_arrays
+from graft.models import dense_layer, is_quantized, with_arrays
 from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
 from graft.pretrained.load import EMBEDDED_MODEL, find_folder
+from graft.quantization.choose import WHOLE, can_quantize, settings_like
 from graft.storage.lazy_tensors import read, size_bytes
-from graft.storage.weight_files import Output, write_safetensors
+from graft.storage.weight_files import Output, read_safetensors, write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
 
 WEIGHTS = "model.safetensors"
-# Bits that MLX can quantize to, and what stands for a layer that stays whole.
-BITS = (2, 3, 4, 5, 6, 8)
-WHOLE = 16
 Settings = dict[str, Any]
 
 
@@ -136,7 +134,7 @@ def _target(fusion: Fusion, path: str, module: nn.Module) -> Settings | None:
         return None
     if is_quantized(module):
         return settings_like(module, bits)
-    return settings_like(module, bits) if fusion.q_bits and _can_quantize(module) else None
+    return settings_like(module, bits) if fusion.q_bits and can_quantize(module) else None
 
 
 def _modules_in_order(base: BaseFiles) -> list[str]:
@@ -176,7 +174,7 @@ class _Layer:
                 made = self._made(self._read(names))
                 if self.prepared is not None:
                     # A model in memory may have another precision than its files.
-                    prepared = load_arrays(self.prepared)
+                    prepared = read_safetensors(self.prepared)
                     made |= {n: a.astype(made[n].dtype) for n, a in prepared.items()}
                 mx.eval(list(made.values()))
                 kept.update(made)
@@ -244,13 +242,6 @@ def _refuse_input_embeddings(base: BaseFiles) -> None:
         )
 
 
-def load_arrays(file: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file that was just written."""
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
-    return arrays
-
-
 def _save_config(config: Settings, folder: Path) -> None:
     from mlx_lm.utils import save_config
 
@@ -269,18 +260,3 @@ def quantized_bits(fusion: Fusion, model: nn.Module) -> dict[str, int]:
             continue
         found[path] = int(target["bits"])
     return found
-
-
-def settings_like(base: nn.Module, bits: int | None) -> Settings:
-    """Group size, bits and mode of a layer that is to be quantized like its base."""
-    if not is_quantized(base):
-        return {"group_size": 64, "bits": bits or 4, "mode": "affine"}
-    same = bits is None or bits == base.bits
-    mode = base.mode if same else "affine"
-    group_size = base.group_size if base.group_size in (32, 64, 128) else 32
-    size = base.group_size if same else group_size
-    return {"group_size": size, "bits": bits or base.bits, "mode": mode}
-
-
-def _can_quantize(module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and weight_shape(module)[-1] % 64 == 0

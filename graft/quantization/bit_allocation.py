@@ -14,10 +14,12 @@ from typing import Any
 from graft.adapters.attach import lora_layers
 from graft.adapters.layer_kinds import LINEAR, kind_of
 from graft.data.batches import Batch
-from graft.exporting.fused_model import BITS, WHOLE, Fusion, load_arrays, settings_like
+from graft.exporting.fused_model import Fusion
 from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
+from graft.quantization.choose import BITS, WHOLE, settings_like
 from graft.quantization.divergence import Comparison, Sample, compare
 from graft.quantization.gptq import grams, quantize_for
+from graft.storage.weight_files import read_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,7 +128,7 @@ class Refinement:
         """A layer fused and quantized, from its file if there is one."""
         layer = self.layers[path]
         twin: nn.Module = _whole(layer).to_quantized(**settings_like(_base(layer), bits))
-        return twin if file is None else with_arrays(twin, load_arrays(file))
+        return twin if file is None else with_arrays(twin, read_safetensors(file))
 
 
 def _base(layer: Any) -> nn.Module:

@@ -98,6 +98,13 @@ def write_safetensors(path: Path, outputs: Sequence[Output]) -> None:
                 file.write(_raw(block, output))
 
 
+def read_safetensors(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file that was just written."""
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Find the tensors of a safetensors file without reading them.
 

@@ -9,8 +9,9 @@ from graft.adapters.attach import LayerSetting, attach, lora_layers
 from graft.adapters.files import AdapterRecord, adapter_tensors, layer_settings
 from graft.adapters.layer_kinds import Parts
 from graft.errors import InputError
-from graft.exporting.fused_model import WHOLE, Fusion, fuse, quantized_bits
+from graft.exporting.fused_model import Fusion, fuse, quantized_bits
 from graft.pretrained.load import read_model
+from graft.quantization.choose import WHOLE
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.exporting.fused_model import WHOLE, Fusion
+from graft.exporting.fused_model import Fusion
 from graft.quantization import bit_allocation as fusion_bits
 from graft.quantization.bit_allocation import Refinement, choose_bits
+from graft.quantization.choose import WHOLE
 from graft.quantization.divergence import Comparison, Sample
 
 import pytest
