@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graft.adapters.layer_kinds import Kind
+from graft.adapters.layer_kinds import LayerKind
 from graft.models import dense_weight, fused, merge, scale_of, unmerge
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ Factors = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class Formula:
+class MethodFormula:
     """How a method changes a layer.
 
     Attributes:
@@ -61,9 +61,9 @@ class AdaptedLayer(nn.Module):
         base: nn.Module,
         rank: int,
         *,
-        kind: Kind,
+        kind: LayerKind,
         method: str,
-        formula: Formula,
+        formula: MethodFormula,
         alpha: float = 16.0,
         dropout: float = 0.0,
         key: mx.array | None = None,

@@ -15,8 +15,8 @@ from graft.adapters.layer_kinds import (
     LINEAR,
     VECTOR,
     WEIGHT,
-    Kind,
-    Parts,
+    FusedParts,
+    LayerKind,
     kind_of,
 )
 from graft.adapters.methods import MERGE_FIRST, METHODS, loftq_start, make_layer
@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
-class LayerSetting:
+class LayerConfig:
     """How one layer is adapted.
 
     Attributes:
@@ -46,12 +46,12 @@ class LayerSetting:
     alpha: float
     method: str = "lora"
     kind: str | None = None
-    parts: Parts | None = None
+    parts: FusedParts | None = None
 
 
 def attach(
     model: nn.Module,
-    settings: Mapping[str, LayerSetting],
+    settings: Mapping[str, LayerConfig],
     *,
     dropout: float = 0.0,
     seed: int = 0,
@@ -127,13 +127,13 @@ def unmerge_all(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def setting_of(layer: LoRALayer) -> LayerSetting:
+def setting_of(layer: LoRALayer) -> LayerConfig:
     """The setting that made a layer."""
     parts = getattr(layer, "parts", None)
-    return LayerSetting(layer.rank, layer.alpha, layer.method, layer.kind, parts)
+    return LayerConfig(layer.rank, layer.alpha, layer.method, layer.kind, parts)
 
 
-def resolve_kind(module: nn.Module | None, setting: LayerSetting) -> Kind | None:
+def resolve_kind(module: nn.Module | None, setting: LayerConfig) -> LayerKind | None:
     """The kind that a setting takes a module for, or `None` if there is nothing to adapt."""
     kind = kind_of(module, setting.parts)
     if kind is EMBEDDING:
@@ -143,7 +143,7 @@ def resolve_kind(module: nn.Module | None, setting: LayerSetting) -> Kind | None
     return WEIGHT if merge_first and kind not in (None, VECTOR) else kind
 
 
-def largest_rank(module: nn.Module, setting: LayerSetting) -> int:
+def largest_rank(module: nn.Module, setting: LayerConfig) -> int:
     """The highest rank that a module can have under a setting's method."""
     kind = resolve_kind(module, setting)
     if kind is None or not METHODS[setting.method].ranked:
@@ -152,7 +152,7 @@ def largest_rank(module: nn.Module, setting: LayerSetting) -> int:
 
 
 def setting_problems(
-    modules: Mapping[str, nn.Module], settings: Mapping[str, LayerSetting]
+    modules: Mapping[str, nn.Module], settings: Mapping[str, LayerConfig]
 ) -> list[str]:
     """What is wrong with adapting a model so, in words; each cause once, with all its layers."""
     causes: dict[tuple[str, str], list[str]] = {}
@@ -163,7 +163,7 @@ def setting_problems(
 
 
 def _problems(
-    path: str, module: nn.Module | None, setting: LayerSetting
+    path: str, module: nn.Module | None, setting: LayerConfig
 ) -> Iterator[tuple[str, str, str]]:
     """(what, layer, what is allowed) of each problem."""
     if setting.method not in METHODS:
@@ -216,7 +216,9 @@ def natural_key(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
-def _parts_problems(path: str, module: nn.Module, parts: Parts) -> Iterator[tuple[str, str, str]]:
+def _parts_problems(
+    path: str, module: nn.Module, parts: FusedParts
+) -> Iterator[tuple[str, str, str]]:
     if kind_of(module) is not LINEAR:
         yield "only linear layers have parts, not ", path, ""
         return
@@ -233,7 +235,7 @@ def _parts_problems(path: str, module: nn.Module, parts: Parts) -> Iterator[tupl
 
 
 def _without_originals(
-    settings: Mapping[str, LayerSetting], originals: Mapping[str, mx.array]
+    settings: Mapping[str, LayerConfig], originals: Mapping[str, mx.array]
 ) -> list[str]:
     lacking = [p for p, s in settings.items() if s.method == "loftq" and p not in originals]
     if not lacking:
@@ -261,7 +263,7 @@ def _counts(when: str, trained: int, total: int) -> str:
     return f"{when}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})"
 
 
-def _adapt(module: nn.Module, setting: LayerSetting, dropout: float, key: mx.array) -> nn.Module:
+def _adapt(module: nn.Module, setting: LayerConfig, dropout: float, key: mx.array) -> nn.Module:
     kind = resolve_kind(module, setting)
     assert kind is not None
     layer = make_layer(

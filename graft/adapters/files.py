@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.attach import LayerSetting, attach, detach, lora_layers, setting_of
+from graft.adapters.attach import LayerConfig, attach, detach, lora_layers, setting_of
 from graft.adapters.formats import detect, find_file, read_adapter
 from graft.adapters.formats.adapter import HALVES, INTERLEAVED, Adapter, guess_kind
 from graft.adapters.formats.base_model import BaseModel
 from graft.adapters.formats.rotary import reordered
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import LOW_RANK_METHODS, METHODS, stored_rank
 from graft.errors import InputError
 from graft.models import scale_of
@@ -55,7 +55,7 @@ class AdapterRecord:
             base model.
     """
 
-    layers: dict[str, LayerSetting]
+    layers: dict[str, LayerConfig]
     base_model: str | None = None
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class LowRankFactors:
     a: mx.array
     b: mx.array
     scale: float
-    parts: Parts | None = None
+    parts: FusedParts | None = None
 
 
 def low_rank_factors(
@@ -253,7 +253,7 @@ def in_order_of(
     return reordered(adapter, base.rotary, base.heads).tensors
 
 
-def layer_settings(model: nn.Module) -> dict[str, LayerSetting]:
+def layer_settings(model: nn.Module) -> dict[str, LayerConfig]:
     """Rank, alpha, method and kind of each adapted layer of a model."""
     return {path: setting_of(layer) for path, layer in lora_layers(model)}
 
@@ -306,7 +306,7 @@ def _contradictions(tensors: Mapping[str, mx.array], record: AdapterRecord) -> l
 
 
 def _layer_contradictions(
-    path: str, setting: LayerSetting, own: Mapping[str, mx.array]
+    path: str, setting: LayerConfig, own: Mapping[str, mx.array]
 ) -> list[str]:
     if setting.rank < 1 or not math.isfinite(setting.alpha):
         return [f"{path} has rank {setting.rank} and alpha {setting.alpha}"]
@@ -358,11 +358,11 @@ def _for_mlx_lm(record: AdapterRecord) -> dict[str, Any]:
     }
 
 
-def _setting_to_json(setting: LayerSetting) -> dict[str, Any]:
+def _setting_to_json(setting: LayerConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(setting).items() if value is not None}
 
 
-def _setting_from_json(content: Mapping[str, Any]) -> LayerSetting:
+def _setting_from_json(content: Mapping[str, Any]) -> LayerConfig:
     """A setting of a record; without a method it is LoRA, without a kind the layer's type tells."""
     rank, alpha = content["rank"], content["alpha"]
     method, kind = content.get("method", "lora"), content.get("kind")
@@ -373,8 +373,8 @@ def _setting_from_json(content: Mapping[str, Any]) -> LayerSetting:
     parts = content.get("parts")
     if parts is not None:
         names, sizes, enabled = (tuple(parts[key]) for key in ("names", "sizes", "enabled"))
-        parts = Parts(names, sizes, enabled, parts["repeats"])
-    return LayerSetting(rank, float(alpha), method, kind, parts)
+        parts = FusedParts(names, sizes, enabled, parts["repeats"])
+    return LayerConfig(rank, float(alpha), method, kind, parts)
 
 
 def _from_json(content: Mapping[str, Any], path: Path) -> AdapterRecord:

@@ -1,6 +1,6 @@
 """What a low-rank update means for each kind of layer.
 
-A `Kind` tells, for layers of one sort, which shapes A and B have, what their product is in the
+A `LayerKind` tells, for layers of one sort, which shapes A and B have, what their product is in the
 weight's own layout, and what it adds to the layer's output. The methods (`graft.adapters.methods`)
 are written once, in these terms. Knows nothing of methods, paths or files.
 """
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Parts:
+class FusedParts:
     """How a fused projection is divided, and which of its parts are adapted.
 
     Attributes:
@@ -40,7 +40,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """What a low-rank update means for one kind of layer.
 
     Attributes:
@@ -86,7 +86,7 @@ def _linear_shapes(base: nn.Module, rank: int) -> tuple[Shape, Shape]:
     return (input_dims, rank), (rank, output_dims)
 
 
-LINEAR = Kind(
+LINEAR = LayerKind(
     "linear",
     shapes=_linear_shapes,
     fan_in=lambda base: linear_dims(base)[0],
@@ -99,7 +99,7 @@ LINEAR = Kind(
 
 
 # One row of A is looked up at a time, so the fan-in is 1. A is (vocabulary, rank), B (rank, dims).
-EMBEDDING = Kind(
+EMBEDDING = LayerKind(
     "embedding",
     shapes=lambda base, rank: ((weight_shape(base)[0], rank), (rank, weight_shape(base)[1])),
     fan_in=lambda base: 1,
@@ -147,7 +147,7 @@ def _conv_update(base: nn.Module, a: mx.array, b: mx.array, x: mx.array) -> mx.a
 
 # The weight is (outputs, *window, inputs / groups), in MLX's channels-last layout; A is
 # (*window, inputs / groups, rank) and B (rank, outputs).
-CONV = Kind(
+CONV = LayerKind(
     "conv",
     shapes=_conv_shapes,
     fan_in=lambda base: math.prod(base.weight.shape[1:]),
@@ -181,7 +181,7 @@ def _experts_update(
 
 # mlx-lm's layout: the weight is (experts, outputs, inputs), A (experts, rank, inputs) and B
 # (experts, outputs, rank).
-EXPERTS = Kind(
+EXPERTS = LayerKind(
     "experts",
     shapes=_experts_shapes,
     fan_in=lambda base: weight_shape(base)[2],
@@ -228,7 +228,7 @@ def _weight_product(base: nn.Module, a: mx.array, b: mx.array) -> mx.array:
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Merge-first: for layers whose output A and B cannot be added to, or by choice.
-WEIGHT = Kind(
+WEIGHT = LayerKind(
     "weight",
     shapes=_weight_shapes,
     fan_in=lambda base: _matrix(base)[0],
@@ -237,7 +237,7 @@ WEIGHT = Kind(
 )
 
 # Vectors have no rank: they are trained whole.
-VECTOR = Kind(
+VECTOR = LayerKind(
     "vector",
     shapes=lambda base, rank: ((), ()),
     fan_in=lambda base: 1,
@@ -246,7 +246,7 @@ VECTOR = Kind(
 )
 
 
-def fused_kind(parts: Parts) -> Kind:
+def fused_kind(parts: FusedParts) -> LayerKind:
     """A linear layer of several projections, of which some are adapted, each with its own A and B.
 
     A is (input_dims, parts * rank), one part after the other, and B (rank, outputs of the parts),
@@ -273,7 +273,7 @@ def fused_kind(parts: Parts) -> Kind:
         ]
         return mx.concatenate(blocks, axis=-1).flatten(-2)
 
-    return Kind(
+    return LayerKind(
         "fused",
         shapes=shapes,
         fan_in=lambda base: linear_dims(base)[0],
@@ -284,7 +284,7 @@ def fused_kind(parts: Parts) -> Kind:
 
 
 # From base type to kind. Types of mlx-lm stand by name, as importing it takes a second.
-KINDS: dict[type[nn.Module] | str, Kind] = {
+KINDS: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LINEAR,
     nn.QuantizedLinear: LINEAR,
     "graft.runtime.cpu.DequantizingLinear": LINEAR,
@@ -298,7 +298,7 @@ KINDS: dict[type[nn.Module] | str, Kind] = {
 }
 
 
-def kind_of(module: nn.Module | None, parts: Parts | None = None) -> Kind | None:
+def kind_of(module: nn.Module | None, parts: FusedParts | None = None) -> LayerKind | None:
     """The kind of a layer, or `None` if there is nothing to adapt in it.
 
     A subclass with a `__call__` of its own may do anything with its weight, and a type that is not

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graft.adapters.adapted_layer import AdaptedLayer, Factors, Formula, whole_weight
-from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, LINEAR, VECTOR, Kind
+from graft.adapters.adapted_layer import AdaptedLayer, Factors, MethodFormula, whole_weight
+from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, LINEAR, VECTOR, LayerKind
 from graft.models import LoRALinear, dense_layer, dense_weight, is_quantized, with_arrays
 
 import mlx.core as mx
@@ -88,7 +88,7 @@ def _low_rank_deltas(layer: AdaptedLayer) -> dict[str, mx.array]:
     return {"weight": layer.scale * product}
 
 
-LOW_RANK = Formula(
+LOW_RANK = MethodFormula(
     _low_rank_parameters, low_rank_output, _low_rank_deltas, as_linear=_low_rank_as_linear
 )
 
@@ -138,7 +138,7 @@ def _started_parameters(layer: AdaptedLayer, key: mx.array | None) -> dict[str, 
     return {"lora_a": a, "lora_b": b, "_start_a": a, "_start_b": b}
 
 
-STARTED = Formula(
+STARTED = MethodFormula(
     _started_parameters, low_rank_output, _low_rank_deltas, as_linear=_low_rank_as_linear
 )
 
@@ -266,7 +266,7 @@ def _dora_deltas(layer: AdaptedLayer) -> dict[str, mx.array]:
     return {"weight": ratio * (weight + _low_rank_deltas(layer)["weight"]) - weight}
 
 
-DORA = Formula(_dora_parameters, dora_output, _dora_deltas, as_linear=_dora_as_linear)
+DORA = MethodFormula(_dora_parameters, dora_output, _dora_deltas, as_linear=_dora_as_linear)
 
 
 @functools.lru_cache(maxsize=64)
@@ -315,7 +315,7 @@ def _vera_deltas(layer: AdaptedLayer) -> dict[str, mx.array]:
     return {"weight": layer.scale * layer.form.product(layer.linear, *_vera_factors(layer))}
 
 
-VERA = Formula(_vera_parameters, vera_output, _vera_deltas, as_linear=_vera_as_linear)
+VERA = MethodFormula(_vera_parameters, vera_output, _vera_deltas, as_linear=_vera_as_linear)
 
 
 def _ia3_parameters(layer: AdaptedLayer, key: mx.array | None) -> dict[str, mx.array]:
@@ -348,7 +348,7 @@ def _ia3_deltas(layer: AdaptedLayer) -> dict[str, mx.array]:
     return {"weight": weight * change.reshape(-1, *[1] * (weight.ndim - 1)), **bias}
 
 
-IA3 = Formula(_ia3_parameters, ia3_output, _ia3_deltas)
+IA3 = MethodFormula(_ia3_parameters, ia3_output, _ia3_deltas)
 
 
 def _whole_parameters(layer: AdaptedLayer, key: mx.array | None) -> dict[str, mx.array]:
@@ -379,7 +379,7 @@ def _whole_as_linear(layer: AdaptedLayer, x: mx.array) -> mx.array:
     return _run_changed(layer, lambda base: base.as_linear(x))
 
 
-WHOLE = Formula(_whole_parameters, whole_output, _whole_deltas, as_linear=_whole_as_linear)
+WHOLE = MethodFormula(_whole_parameters, whole_output, _whole_deltas, as_linear=_whole_as_linear)
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ class Method:
         divides: whether its start is divided by the scale, which then must be positive.
     """
 
-    formula: Formula
+    formula: MethodFormula
     kinds: tuple[str, ...]
     text: str
     targets: str = "all-linear"
@@ -445,7 +445,7 @@ def make_layer(
     base: nn.Module,
     rank: int,
     *,
-    kind: Kind,
+    kind: LayerKind,
     method: str = "lora",
     alpha: float = 16.0,
     dropout: float = 0.0,

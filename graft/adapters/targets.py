@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.adapters.attach import (
-    LayerSetting,
+    LayerConfig,
     attach,
     count_parameters,
     natural_key,
     setting_problems,
 )
-from graft.adapters.layer_kinds import LINEAR, VECTOR, Kind, Parts, kind_of
+from graft.adapters.layer_kinds import LINEAR, VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
 from graft.cli.command import command
 from graft.errors import InputError
@@ -86,8 +86,8 @@ class Candidate:
     path: str
     names: tuple[str, ...]
     module: nn.Module
-    kind: Kind
-    parts: Parts | None
+    kind: LayerKind
+    parts: FusedParts | None
     inside: bool
 
     def matches(self, target: str) -> bool:
@@ -107,7 +107,7 @@ def plan(
     num_layers: int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-) -> dict[str, LayerSetting]:
+) -> dict[str, LayerConfig]:
     """How each layer that is to be adapted is adapted, for `graft.adapters.attach.attach`.
 
     A target is a module's name (`q_proj`), the end of its path (`mlp.up_proj`), a whole path, a
@@ -154,7 +154,7 @@ def plan(
     return settings
 
 
-def plan_run(model: nn.Module, options: Options) -> dict[str, LayerSetting]:
+def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
     """`plan` by the options of a run.
 
     Raises:
@@ -172,7 +172,7 @@ def plan_run(model: nn.Module, options: Options) -> dict[str, LayerSetting]:
     )
 
 
-def read_originals(name: str | None, settings: Mapping[str, LayerSetting]) -> dict[str, mx.array]:
+def read_originals(name: str | None, settings: Mapping[str, LayerConfig]) -> dict[str, mx.array]:
     """The weights before quantization that LoftQ starts from, by module path; none without LoftQ.
 
     Args:
@@ -238,7 +238,7 @@ def block_paths(model: nn.Module) -> list[str]:
     return [paths[id(block)] for block in blocks]
 
 
-def find_parts(module: nn.Module, name: str, parent: nn.Module | None) -> Parts | None:
+def find_parts(module: nn.Module, name: str, parent: nn.Module | None) -> FusedParts | None:
     """The parts of a linear layer that is a fused projection by its name, or `None`.
 
     Args:
@@ -258,7 +258,7 @@ def find_parts(module: nn.Module, name: str, parent: nn.Module | None) -> Parts 
     repeats = {"heads": heads, "groups": groups}.get(recurring or "", 1)
     if rest or unit % repeats or (names is QKV and heads % groups):
         return None
-    return Parts(names, tuple(unit // repeats * share for share in shares), (), repeats)
+    return FusedParts(names, tuple(unit // repeats * share for share in shares), (), repeats)
 
 
 def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
@@ -405,7 +405,7 @@ def _setting(
     method: str,
     own_rank: int | None,
     own_alpha: float | None,
-) -> LayerSetting:
+) -> LayerConfig:
     """A layer's setting: what patterns say, else what is said for all, else 1 without a rank."""
     if method == "ia3" and any(_names(layer.path, end) for end in FEED_FORWARD_ENDS):
         method = "ia3-input"
@@ -415,7 +415,7 @@ def _setting(
     if method == "vera":
         alpha = float(rank)
     alpha = alpha if own_alpha is None else own_alpha
-    return LayerSetting(rank, alpha, method, parts=layer.parts)
+    return LayerConfig(rank, alpha, method, parts=layer.parts)
 
 
 def _attribute(module: nn.Module | None, names: Sequence[str]) -> int | None:
@@ -472,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _row(
-    layer: Candidate, parts: Sequence[str], setting: LayerSetting | None, trained: int
+    layer: Candidate, parts: Sequence[str], setting: LayerConfig | None, trained: int
 ) -> tuple[str, ...]:
     """A line of the table: what the layer is, with its parts, and how it is adapted."""
     kind = layer.kind.name + (f" ({', '.join(parts)})" if parts else "")

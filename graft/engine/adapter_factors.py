@@ -18,7 +18,14 @@ from graft.adapters.files import (
     load_adapter,
     low_rank_factors,
 )
-from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, LINEAR, Kind, fused_kind, kind_of
+from graft.adapters.layer_kinds import (
+    EMBEDDING,
+    EMBEDDING_INPUT,
+    LINEAR,
+    LayerKind,
+    fused_kind,
+    kind_of,
+)
 from graft.adapters.methods import stored_rank
 from graft.engine.errors import AdapterDoesNotFit, AdapterNotFound, RankTooLarge
 from graft.errors import InputError
@@ -190,7 +197,7 @@ def _shape_problems(
     return problems
 
 
-def _arrays(module: nn.Module, kind: Kind | None, layer: LowRankFactors) -> tuple[Array, ...]:
+def _arrays(module: nn.Module, kind: LayerKind | None, layer: LowRankFactors) -> tuple[Array, ...]:
     """A, B with the scale in it, and for an embedding whether the tied output is adapted too.
 
     A fused projection becomes a plain one whose B is zero where a part is not its own.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerSetting, natural_key
+from graft.adapters.attach import LayerConfig, natural_key
 from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
 from graft.adapters.formats.adapter import guess_kind, products
@@ -67,7 +67,7 @@ def describe(tensors: dict[str, mx.array], record: AdapterRecord) -> dict[str, A
 
 
 def _describe_layer(
-    path: str, setting: LayerSetting, tensors: dict[str, mx.array]
+    path: str, setting: LayerConfig, tensors: dict[str, mx.array]
 ) -> dict[str, Any]:
     own = {n.removeprefix(f"{path}."): a for n, a in tensors.items() if n.startswith(f"{path}.")}
     return {
@@ -81,7 +81,7 @@ def _describe_layer(
     }
 
 
-def delta_norm(path: str, setting: LayerSetting, own: dict[str, mx.array]) -> float | None:
+def delta_norm(path: str, setting: LayerConfig, own: dict[str, mx.array]) -> float | None:
     """The Frobenius norm of a layer's change, from the two matrices' small products.
 
     |A B|^2 is the sum of (A^T A) * (B B^T), so that the product itself is never made.

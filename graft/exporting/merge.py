@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerSetting, natural_key
+from graft.adapters.attach import LayerConfig, natural_key
 from graft.adapters.files import find_adapter, load_adapter
 from graft.adapters.formats import Adapter
 from graft.adapters.formats.adapter import EMBEDDING_NAMES, Product, from_products, products
@@ -430,7 +430,7 @@ def extract(base: str, tuned: str, *, rank: int) -> tuple[Adapter, dict[str, flo
         )
         _check_same_architecture(first, second)
         tensors: dict[str, mx.array] = {}
-        layers: dict[str, LayerSetting] = {}
+        layers: dict[str, LayerConfig] = {}
         losses: dict[str, float] = {}
         notes: list[str] = []
         for path in dict(first.model.named_modules()):
@@ -447,7 +447,7 @@ def _extract_layer(
     second: BaseFiles,
     rank: int,
     tensors: dict[str, mx.array],
-    layers: dict[str, LayerSetting],
+    layers: dict[str, LayerConfig],
     losses: dict[str, float],
     notes: list[str],
 ) -> None:
@@ -456,7 +456,7 @@ def _extract_layer(
     bias = two.get("bias", mx.zeros(())) - one.get("bias", mx.zeros(()))
     if delta.ndim == 1:
         if mx.any(delta).item() or mx.any(bias).item():
-            layers[path] = LayerSetting(1, 1.0, "norm", "vector")
+            layers[path] = LayerConfig(1, 1.0, "norm", "vector")
             tensors[f"{path}.delta_weight"] = delta
             if "bias" in one:
                 tensors[f"{path}.delta_bias"] = bias
@@ -475,7 +475,7 @@ def _extract_layer(
     kind = "experts" if delta.ndim == 3 else "embedding" if embedding else "linear"
     product = _product(Product(kind, a, b, 1.0), a, b)
     tensors |= {f"{path}.lora_a": product.a, f"{path}.lora_b": product.b}
-    layers[path] = LayerSetting(product.rank, float(product.rank))
+    layers[path] = LayerConfig(product.rank, float(product.rank))
     mx.eval(product.a, product.b)
 
 

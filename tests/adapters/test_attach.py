@@ -1,6 +1,6 @@
 import graft  # noqa: F401
 from graft.adapters.attach import (
-    LayerSetting,
+    LayerConfig,
     attach,
     count_parameters,
     detach,
@@ -22,7 +22,7 @@ from support.tiny import LLAMA, QWEN2, make_model
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 LINEAR = [*(f"self_attn.{name}" for name in ATTENTION), "mlp.down_proj", "mlp.gate_proj"]
 TOKENS = mx.array([[1, 5, 9, 300, 7, 2]])
-SETTING = LayerSetting(rank=4, alpha=8.0)
+SETTING = LayerConfig(rank=4, alpha=8.0)
 
 
 def quantized(bits: int, group_size: int, mode: str = "affine") -> nn.Module:
@@ -137,11 +137,11 @@ def test_a_model_can_be_adapted_again_after_detaching() -> None:
 def test_each_layer_has_its_own_rank_and_alpha() -> None:
     model = make_model(LLAMA)
     settings = {
-        "model.layers.0.self_attn.q_proj": LayerSetting(2, 1.0),
-        "model.layers.2.mlp.up_proj": LayerSetting(6, 3.0),
+        "model.layers.0.self_attn.q_proj": LayerConfig(2, 1.0),
+        "model.layers.2.mlp.up_proj": LayerConfig(6, 3.0),
     }
     attach(model, settings)
-    found = {path: LayerSetting(layer.rank, layer.alpha) for path, layer in lora_layers(model)}
+    found = {path: LayerConfig(layer.rank, layer.alpha) for path, layer in lora_layers(model)}
     assert found == settings
 
 
@@ -193,7 +193,7 @@ def test_paths_that_are_not_there_are_all_named_and_nothing_changes() -> None:
 def test_a_rank_above_what_a_layer_can_have_names_every_such_layer() -> None:
     model = make_model(LLAMA)
     with pytest.raises(InputError) as error:
-        attach(model, dict.fromkeys(choose_layers(model, num_layers=1), LayerSetting(33, 1.0)))
+        attach(model, dict.fromkeys(choose_layers(model, num_layers=1), LayerConfig(33, 1.0)))
     # Two key-value heads of 16 make outputs of 32; every other layer has 64 or more.
     assert "rank 33" in str(error.value) and "32" in str(error.value)
     assert all(f"layers.2.self_attn.{name}" in str(error.value) for name in ("k_proj", "v_proj"))
@@ -204,14 +204,14 @@ def test_a_rank_above_what_a_layer_can_have_names_every_such_layer() -> None:
 
 def test_a_rank_as_large_as_the_layer_is_allowed() -> None:
     model = make_model(LLAMA)
-    attach(model, {"model.layers.0.self_attn.k_proj": LayerSetting(32, 1.0)})
+    attach(model, {"model.layers.0.self_attn.k_proj": LayerConfig(32, 1.0)})
     assert model.model.layers[0].self_attn.k_proj.rank == 32
 
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank: int) -> None:
     with pytest.raises(InputError, match=f"rank {rank}"):
-        attach(make_model(LLAMA), {"model.layers.0.self_attn.k_proj": LayerSetting(rank, 1.0)})
+        attach(make_model(LLAMA), {"model.layers.0.self_attn.k_proj": LayerConfig(rank, 1.0)})
 
 
 def test_all_linear_finds_the_seven_projections_of_each_block_and_not_the_head() -> None:
@@ -289,7 +289,7 @@ def test_block_paths_are_in_order() -> None:
 def test_lora_layers_come_in_the_order_of_the_model() -> None:
     small = {**LLAMA, "num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 16}
     model = make_model(small)
-    attach(model, dict.fromkeys(reversed(choose_layers(model, ["q_proj"])), LayerSetting(1, 1.0)))
+    attach(model, dict.fromkeys(reversed(choose_layers(model, ["q_proj"])), LayerConfig(1, 1.0)))
     numbers = [int(path.split(".")[2]) for path, _ in lora_layers(model)]
     assert numbers == list(range(12))
 

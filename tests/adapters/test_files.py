@@ -5,7 +5,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters import files as adapters
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import (
     RECORD_NAME,
     AdapterRecord,
@@ -40,10 +40,10 @@ def paths_of(model: nn.Module) -> list[str]:
     return [p for p, m in model.named_modules() if p.endswith("_proj") and "layers." in p]
 
 
-def make_adapted(*, settings: dict[str, LayerSetting] | None = None) -> nn.Module:
+def make_adapted(*, settings: dict[str, LayerConfig] | None = None) -> nn.Module:
     """A model whose adapter changes what it says."""
     model = make_model(LLAMA)
-    attach(model, settings or dict.fromkeys(sorted(paths_of(model)), LayerSetting(4, 6.0)))
+    attach(model, settings or dict.fromkeys(sorted(paths_of(model)), LayerConfig(4, 6.0)))
     for number, (_, layer) in enumerate(lora_layers(model)):
         layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(number)) * 0.2
     model.eval()
@@ -98,7 +98,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
 def test_an_adapter_comes_back_over_a_quantized_base(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / "base", bits=3)
     model, _ = read_model(folder)
-    attach(model, dict.fromkeys(paths_of(model), LayerSetting(4, 6.0)))
+    attach(model, dict.fromkeys(paths_of(model), LayerConfig(4, 6.0)))
     for _, layer in lora_layers(model):
         layer.lora_b = mx.ones_like(layer.lora_b) * 0.05
     model.eval()
@@ -122,7 +122,7 @@ def test_the_file_holds_a_and_b_under_the_names_of_mlx_lm_and_nothing_else(
 
 
 def test_the_record_tells_base_model_ranks_alphas_and_options(tmp_path: Path) -> None:
-    settings = {Q: LayerSetting(4, 6.0), UP: LayerSetting(8, 12.0)}
+    settings = {Q: LayerConfig(4, 6.0), UP: LayerConfig(8, 12.0)}
     model = make_adapted(settings=settings)
     save_adapter(
         tmp_path / "adapters.npz",
@@ -140,7 +140,7 @@ def test_the_record_tells_base_model_ranks_alphas_and_options(tmp_path: Path) ->
 
 
 def test_layers_of_different_ranks_and_alphas_come_back(tmp_path: Path) -> None:
-    model = make_adapted(settings={Q: LayerSetting(2, 6.0), UP: LayerSetting(8, 1.0)})
+    model = make_adapted(settings={Q: LayerConfig(2, 6.0), UP: LayerConfig(8, 1.0)})
     again = apply(save(tmp_path / "adapters.npz", model))
     assert {path: (layer.rank, layer.alpha) for path, layer in lora_layers(again)} == {
         Q: (2, 6.0),
@@ -174,14 +174,14 @@ def test_a_safetensors_folder_loads_in_mlx_lm_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_some_layers_loads_in_mlx_lm_as_it_is(tmp_path: Path) -> None:
-    model = make_adapted(settings={Q: LayerSetting(4, 6.0), UP: LayerSetting(4, 6.0)})
+    model = make_adapted(settings={Q: LayerConfig(4, 6.0), UP: LayerConfig(4, 6.0)})
     save(tmp_path / "adapters.safetensors", model)
     logits = np.array(in_mlx_lm(tmp_path)(TOKENS))
     np.testing.assert_allclose(logits, np.array(model(TOKENS)), atol=1e-5)
 
 
 def test_differing_ranks_at_one_scale_are_not_taken_by_mlx_lm_for_one_rank(tmp_path: Path) -> None:
-    model = make_adapted(settings={Q: LayerSetting(4, 6.0), UP: LayerSetting(8, 12.0)})
+    model = make_adapted(settings={Q: LayerConfig(4, 6.0), UP: LayerConfig(8, 12.0)})
     save(tmp_path / "adapters.safetensors", model)
     with pytest.raises((ValueError, AttributeError)):
         in_mlx_lm(tmp_path)
@@ -189,7 +189,7 @@ def test_differing_ranks_at_one_scale_are_not_taken_by_mlx_lm_for_one_rank(tmp_p
 
 def test_differing_scales_are_not_taken_by_mlx_lm_for_one_scale(tmp_path: Path) -> None:
     # mlx-lm knows one scale: it must not load such a folder and compute something else.
-    model = make_adapted(settings={Q: LayerSetting(4, 6.0), UP: LayerSetting(4, 12.0)})
+    model = make_adapted(settings={Q: LayerConfig(4, 6.0), UP: LayerConfig(4, 12.0)})
     save(tmp_path / "adapters.safetensors", model)
     with pytest.raises((ValueError, AttributeError)):
         in_mlx_lm(tmp_path)
@@ -328,7 +328,7 @@ def test_a_record_that_tells_nonsense_is_refused(
 def test_tensors_that_contradict_the_record_are_named_without_a_model(
     tmp_path: Path, tensors: dict[str, Any], expected: str
 ) -> None:
-    model = make_adapted(settings={Q: LayerSetting(4, 6.0)})
+    model = make_adapted(settings={Q: LayerConfig(4, 6.0)})
     changed = {f"{Q}.{name}": array for name, array in tensors.items()}
     kept = {n: a for n, a in (adapter_tensors(model) | changed).items() if a is not None}
     write_adapter(tmp_path / "adapters.npz", kept, AdapterRecord(layer_settings(model)))
@@ -358,13 +358,13 @@ def test_a_save_that_fails_leaves_the_old_adapter(
     monkeypatch.setattr(adapters, "write_npz", fail)
     monkeypatch.setattr(adapters.mx, "save_safetensors", fail)
     with pytest.raises(KeyboardInterrupt):
-        save(path, make_adapted(settings={Q: LayerSetting(2, 2.0)}))
+        save(path, make_adapted(settings={Q: LayerConfig(2, 2.0)}))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_save_replaces_the_old_adapter_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "adapters.npz", make_adapted())
-    other = make_adapted(settings={Q: LayerSetting(2, 2.0)})
+    other = make_adapted(settings={Q: LayerConfig(2, 2.0)})
     save(path, other)
     assert {file.name for file in path.parent.iterdir()} == {"adapters.npz", RECORD_NAME}
     assert mx.array_equal(apply(path)(TOKENS), other(TOKENS))
@@ -377,7 +377,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_record_tells_the_layers_of_the_model_itself(tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapters.npz", make_adapted(settings={Q: LayerSetting(2, 2.0)}))
+    save_adapter(tmp_path / "adapters.npz", make_adapted(settings={Q: LayerConfig(2, 2.0)}))
     _, record = load_adapter(tmp_path / "adapters.npz")
     assert list(record.layers) == [Q]
 
@@ -392,7 +392,7 @@ def test_a_record_of_ranks_and_alphas_alone_is_of_lora(tmp_path: Path) -> None:
     old = {p: {"rank": s.rank, "alpha": s.alpha} for p, s in layer_settings(model).items()}
     change_record(path, layers=old)
     assert mx.array_equal(apply(path)(TOKENS), model(TOKENS))
-    assert load_adapter(path)[1].layers[Q] == LayerSetting(4, 6.0, "lora")
+    assert load_adapter(path)[1].layers[Q] == LayerConfig(4, 6.0, "lora")
 
 
 def test_the_parts_of_a_fused_projection_come_back(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_layers_that_are_more_than_a_product_are_all_named(tmp_path: Path) -> No
     said = str(error.value)
     assert "model.norm (lora, a vector)" in said and "q_proj" not in said
     assert said.count("(dora)") == said.count("(ia3)") == 3
-    alone = AdapterRecord({Q: record.layers[Q], UP: LayerSetting(1, 1.0)})
+    alone = AdapterRecord({Q: record.layers[Q], UP: LayerConfig(1, 1.0)})
     with pytest.raises(InputError, match=r"lacks .*up_proj\.lora_a, .*up_proj\.lora_b"):
         low_rank_factors(tensors, alone, name="a")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach, count_parameters, lora_layers
-from graft.adapters.layer_kinds import LINEAR, VECTOR, Parts, kind_of
+from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
+from graft.adapters.layer_kinds import LINEAR, VECTOR, FusedParts, kind_of
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.runtime.cpu import DequantizingLinear
@@ -104,18 +104,30 @@ def test_parts_equal_separate_layers() -> None:
 @pytest.mark.parametrize(
     ("layer", "parts", "said"),
     [
-        (nn.Linear(8, 12), Parts(("q", "k"), (4, 4), ("q",)), "1 x (4 + 4) outputs"),
-        (nn.Linear(8, 8), Parts(("q", "k"), (4, 4), ("v",)), "no part v in layer: there are q, k"),
-        (nn.Linear(8, 8), Parts(("q", "k"), (4, 4), ()), "no part chosen in layer"),
-        (nn.Linear(8, 8), Parts(("q", "k"), (4, 4), ("q", "q")), "named twice among q, q"),
-        (nn.Linear(8, 8), Parts(("q", "k"), (6, 2), ("q", "k")), "rank 4 for layer: give 1 to 2"),
-        (nn.Embedding(8, 8), Parts(("q", "k"), (4, 4), ("q",)), "only linear layers have parts"),
+        (nn.Linear(8, 12), FusedParts(("q", "k"), (4, 4), ("q",)), "1 x (4 + 4) outputs"),
+        (
+            nn.Linear(8, 8),
+            FusedParts(("q", "k"), (4, 4), ("v",)),
+            "no part v in layer: there are q, k",
+        ),
+        (nn.Linear(8, 8), FusedParts(("q", "k"), (4, 4), ()), "no part chosen in layer"),
+        (nn.Linear(8, 8), FusedParts(("q", "k"), (4, 4), ("q", "q")), "named twice among q, q"),
+        (
+            nn.Linear(8, 8),
+            FusedParts(("q", "k"), (6, 2), ("q", "k")),
+            "rank 4 for layer: give 1 to 2",
+        ),
+        (
+            nn.Embedding(8, 8),
+            FusedParts(("q", "k"), (4, 4), ("q",)),
+            "only linear layers have parts",
+        ),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(layer: nn.Module, parts: Parts, said: str) -> None:
+def test_parts_that_do_not_fit_are_refused(layer: nn.Module, parts: FusedParts, said: str) -> None:
     model = Model(layer)
     with pytest.raises(InputError) as error:
-        attach(model, {"layer": LayerSetting(4, 1.0, parts=parts)})
+        attach(model, {"layer": LayerConfig(4, 1.0, parts=parts)})
     assert said in str(error.value)
     assert model.layer is layer
 
@@ -144,7 +156,7 @@ def test_embeddings_of_every_quantization_start_at_zero_change(
     base = quantized(nn.Embedding(40, 64), mode=mode, bits=bits, group_size=size)
     model, tokens, hidden = Model(base), mx.array([[3, 39]]), normal(2, 64)
     expected = bits_of(base(tokens)), bits_of(base.as_linear(hidden))
-    attach(model, {"layer": LayerSetting(RANK, ALPHA)})
+    attach(model, {"layer": LayerConfig(RANK, ALPHA)})
     layer = model.layer
     assert (bits_of(layer(tokens)), bits_of(layer.as_linear(hidden))) == expected
     shift(layer)
@@ -169,7 +181,7 @@ def test_experts_of_every_quantization_start_at_zero_change(mode: str, bits: int
     size = 16 if mode == "nvfp4" else 32
     model = Model(quantized(experts(), mode=mode, bits=bits, group_size=size))
     expected = model(*expert_inputs())
-    attach(model, {"layer": LayerSetting(RANK, ALPHA)})
+    attach(model, {"layer": LayerConfig(RANK, ALPHA)})
     assert bits_of(model(*expert_inputs())) == bits_of(expected)
     shift(model.layer)
     assert model.layer.delta().shape == (4, 16, 32)
@@ -179,7 +191,7 @@ def test_experts_with_scales_of_their_own_fuse_and_merge() -> None:
     layer = experts().to_quantized(group_size=16, bits=4, mode="nvfp4", global_scale=True)
     assert layer.global_scale.shape == (4,)
     model = Model(layer)
-    attach(model, {"layer": LayerSetting(RANK, ALPHA)})
+    attach(model, {"layer": LayerConfig(RANK, ALPHA)})
     again = model.layer.fuse()
     # Nothing was trained, so quantizing again rounds to what was there.
     close(dense_weight(again), dense_weight(layer))
@@ -234,7 +246,7 @@ def test_a_layer_of_unknown_type_runs_with_the_sum_of_its_weight(
     model = Model(layer_type())
     x = normal(5, 8)
     expected = model(x)
-    attach(model, {"layer": LayerSetting(2, 4.0)})
+    attach(model, {"layer": LayerConfig(2, 4.0)})
     assert model.layer.kind == "weight"
     assert bits_of(model(x)) == bits_of(expected)
     shift(model.layer)
@@ -264,23 +276,23 @@ def test_modules_without_a_weight_have_no_kind() -> None:
 @pytest.mark.parametrize(
     ("layer", "setting", "expected"),
     [
-        (nn.Linear(12, 20), LayerSetting(3, 1.0), 3 * (12 + 20)),
-        (nn.Embedding(50, 12), LayerSetting(3, 1.0), 3 * (50 + 12)),
+        (nn.Linear(12, 20), LayerConfig(3, 1.0), 3 * (12 + 20)),
+        (nn.Embedding(50, 12), LayerConfig(3, 1.0), 3 * (50 + 12)),
         (
             nn.Linear(12, 36),
-            LayerSetting(3, 1.0, parts=Parts(("q", "k", "v"), (12, 12, 12), ("q", "v"))),
+            LayerConfig(3, 1.0, parts=FusedParts(("q", "k", "v"), (12, 12, 12), ("q", "v"))),
             3 * 2 * 12 + 36 // 3 * 2 * 3,
         ),
-        (nn.Conv2d(4, 6, 3), LayerSetting(2, 1.0, "merge-first"), 2 * 3 * 4 * 3 + 6 * 3 * 2 * 3),
+        (nn.Conv2d(4, 6, 3), LayerConfig(2, 1.0, "merge-first"), 2 * 3 * 4 * 3 + 6 * 3 * 2 * 3),
         (
             nn.Conv2d(4, 6, 3, groups=2),
-            LayerSetting(2, 1.0, "merge-first"),
+            LayerConfig(2, 1.0, "merge-first"),
             2 * 3 * 4 * 3 + 6 // 2 * 3 * 2 * 3,
         ),
     ],
 )
 def test_the_trained_parameters_are_as_many_as_in_loralib(
-    layer: nn.Module, setting: LayerSetting, expected: int
+    layer: nn.Module, setting: LayerConfig, expected: int
 ) -> None:
     model = Model(layer)
     attach(model, {"layer": setting})
@@ -349,7 +361,7 @@ def test_any_kernel_stride_padding_dilation_and_groups_equal_torch(dims: int, se
     base = getattr(nn, f"Conv{dims}d")(6, 12, **settings)
     model, x = Model(base), normal(*shape)
     expected = bits_of(model(x))
-    attach(model, {"layer": LayerSetting(RANK, ALPHA)})
+    attach(model, {"layer": LayerConfig(RANK, ALPHA)})
     assert bits_of(model(x)) == expected
     shift(model.layer)
     weight = torch_layout(base.weight) + torch_layout(model.layer.delta())

@@ -3,7 +3,7 @@
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach
+from graft.adapters.attach import LayerConfig, attach
 from graft.adapters.methods import METHODS, loftq_start, olora_start, pissa_start, truncated_svd
 from graft.adapters.targets import plan
 from graft.errors import InputError
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 def adapt(base: nn.Module, method: str, *, rank: int = 4, alpha: float = 6.0) -> Any:
     model = Model(base)
-    attach(model, {"layers.0": LayerSetting(rank, alpha, method)}, blank=True)
+    attach(model, {"layers.0": LayerConfig(rank, alpha, method)}, blank=True)
     return model.layers[0]
 
 
@@ -272,7 +272,7 @@ def test_a_method_on_a_layer_that_does_not_define_it_is_refused_with_what_is_all
     model = Model(layer)
     rank = 2 if METHODS[method].ranked else 1
     with pytest.raises(InputError, match=r"layers\.0") as error:
-        attach(model, {"layers.0": LayerSetting(rank, 1.0, method)})
+        attach(model, {"layers.0": LayerConfig(rank, 1.0, method)})
     if method != "bias":
         assert all(kind in str(error.value) for kind in METHODS[method].kinds)
     assert model.layers[0] is layer

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach
+from graft.adapters.attach import LayerConfig, attach
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS
 from models import dense_weight
 
@@ -145,7 +145,7 @@ NAMES = ["linear", "embedding", "conv1d", "conv2d", "conv2d pointwise", "conv3d"
 def test_lora_and_rslora_equal_peft(method: str, name: str) -> None:
     theirs, layer, ours = with_lora(name, use_rslora=method == "rslora")
     randomize(lora_parameters(theirs))
-    attach(ours, {"layer": LayerSetting(RANK, ALPHA, method)})
+    attach(ours, {"layer": LayerConfig(RANK, ALPHA, method)})
     ours.layer.load(factors(name, layer))
     compare(name, theirs, ours)
 
@@ -154,7 +154,7 @@ def test_lora_and_rslora_equal_peft(method: str, name: str) -> None:
 def test_dora_equals_peft(name: str) -> None:
     theirs, layer, ours = with_lora(name, use_dora=True)
     kind = EMBEDDING_COLUMNS.name if name == "embedding" else None
-    attach(ours, {"layer": LayerSetting(RANK, ALPHA, "dora", kind)})
+    attach(ours, {"layer": LayerConfig(RANK, ALPHA, "dora", kind)})
     magnitude = layer.lora_magnitude_vector["default"].weight
     np.testing.assert_allclose(
         np.array(ours.layer.m), magnitude.detach().numpy().flatten(), rtol=1e-5
@@ -169,7 +169,7 @@ def test_a_start_and_the_training_after_it_equal_peft(method: str) -> None:
     """PEFT changes the base and trains A and B on it; the outputs and the product are the same."""
     theirs, layer, ours = with_lora("linear", init_lora_weights=method)
     base = np.array(ours.layer.weight)
-    attach(ours, {"layer": LayerSetting(RANK, ALPHA, method)})
+    attach(ours, {"layer": LayerConfig(RANK, ALPHA, method)})
     compare("linear", theirs, ours)
     ours.layer.unmerge()
     start = factors("linear", layer)
@@ -186,7 +186,7 @@ def test_a_start_and_the_training_after_it_equal_peft(method: str) -> None:
 
 def test_an_exported_pissa_is_plain_lora_on_the_original_base() -> None:
     ours = make_ours("linear", make_torch("linear"))
-    attach(ours, {"layer": LayerSetting(RANK, ALPHA, "pissa")})
+    attach(ours, {"layer": LayerConfig(RANK, ALPHA, "pissa")})
     ours.layer.lora_b = ours.layer.lora_b + mx.array(random(RANK, 16, seed=4))
     tensors = ours.layer.tensors()
     x = make_inputs("linear")[1]
@@ -210,7 +210,7 @@ def test_loftq_s_start_equals_peft() -> None:
     ours = Ours(whole.to_quantized(group_size=32, bits=4))
     attach(
         ours,
-        {"layer": LayerSetting(RANK, ALPHA, "loftq")},
+        {"layer": LayerConfig(RANK, ALPHA, "loftq")},
         originals={"layer": whole.weight},
     )
     rounding = np.array(whole.weight - dense_weight(ours.layer.base))
@@ -224,7 +224,7 @@ def test_vera_equals_peft() -> None:
     ours = make_ours("linear", theirs)
     config = peft.VeraConfig(r=RANK, target_modules=["layer"])
     model = peft.get_peft_model(Torch(theirs), config)
-    attach(ours, {"layer": LayerSetting(RANK, float(RANK), "vera")})
+    attach(ours, {"layer": LayerConfig(RANK, float(RANK), "vera")})
     layer = model.base_model.model.layer
     d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
     np.testing.assert_array_equal(np.array(ours.layer.lambda_d), d.detach().numpy())
@@ -236,7 +236,7 @@ def test_vera_equals_peft() -> None:
     compare("linear", model, ours)
     # The projections are drawn as PEFT draws them: within sqrt(6 / fan_in).
     fresh = make_ours("linear", make_torch("linear"))
-    attach(fresh, {"layer": LayerSetting(RANK, float(RANK), "vera")})
+    attach(fresh, {"layer": LayerConfig(RANK, float(RANK), "vera")})
     for mine, fan_in in ((fresh.layer._projection_a, 24), (fresh.layer._projection_b, RANK)):
         assert 0.9 * (6 / fan_in) ** 0.5 < mx.abs(mine).max().item() <= (6 / fan_in) ** 0.5
 
@@ -250,7 +250,7 @@ def test_ia3_equals_peft(method: str, name: str) -> None:
     config = peft.IA3Config(target_modules=["layer"], feedforward_modules=ends)
     model = peft.get_peft_model(Torch(theirs), config)
     vector = model.base_model.model.layer.ia3_l["default"]
-    attach(ours, {"layer": LayerSetting(1, 1.0, method)})
+    attach(ours, {"layer": LayerConfig(1, 1.0, method)})
     assert ours.layer.ia3_l.shape == (vector.numel(),)
     randomize([vector])
     ours.layer.load({"ia3_l": to_mlx(vector.flatten())})
@@ -260,7 +260,7 @@ def test_ia3_equals_peft(method: str, name: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_gradients_equal_peft(method: str) -> None:
     theirs, layer, ours = with_lora("linear", use_dora=method == "dora")
-    attach(ours, {"layer": LayerSetting(RANK, ALPHA, method)})
+    attach(ours, {"layer": LayerConfig(RANK, ALPHA, method)})
     trained = lora_parameters(theirs)
     tensors = factors("linear", layer)
     if method == "dora":

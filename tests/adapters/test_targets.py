@@ -6,8 +6,8 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.__main__ import main as graft_main
-from graft.adapters.attach import LayerSetting, attach, count_parameters, lora_layers
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
+from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import find_parts, main, parse_pattern, plan
 from graft.errors import InputError
@@ -51,7 +51,7 @@ MIXTRAL: dict[str, Any] = {
 BLOCK = "model.layers.2"
 
 
-def ranks(settings: dict[str, LayerSetting]) -> dict[str, int]:
+def ranks(settings: dict[str, LayerConfig]) -> dict[str, int]:
     """Rank by the path within the last block, or by the whole path outside of blocks."""
     return {
         path.removeprefix(BLOCK + "."): setting.rank
@@ -116,8 +116,8 @@ def test_patterns_are_names_globs_or_paths_and_the_rest_has_the_common_rank() ->
 
 def test_a_vector_has_rank_and_alpha_one_whatever_the_others_have() -> None:
     settings = plan(make_model(LLAMA), "q_proj,*norm*", rank=8, alpha=16.0)
-    assert settings["model.norm"] == LayerSetting(1, 1.0)
-    assert settings[f"{BLOCK}.self_attn.q_proj"] == LayerSetting(8, 16.0)
+    assert settings["model.norm"] == LayerConfig(1, 1.0)
+    assert settings[f"{BLOCK}.self_attn.q_proj"] == LayerConfig(8, 16.0)
 
 
 def test_layers_outside_of_blocks_are_adapted_by_name_only() -> None:
@@ -162,7 +162,7 @@ def test_ia3_scales_the_input_of_a_feed_forward_s_second_matrix() -> None:
 
 def test_vera_has_the_scale_one_of_its_paper() -> None:
     assert set(plan(make_model(LLAMA), "q_proj", rank=8, method="vera").values()) == {
-        LayerSetting(8, 8.0, "vera")
+        LayerConfig(8, 8.0, "vera")
     }
 
 
@@ -180,7 +180,7 @@ def test_a_part_of_a_fused_projection_is_named_behind_it() -> None:
     model = make_model(GPT2)
     settings = plan(model, "c_attn.q,c_attn.v", rank=2)
     assert list(settings) == [f"model.h.{n}.attn.c_attn" for n in range(2)]
-    expected = Parts(("q", "k", "v"), (32, 32, 32), ("q", "v"))
+    expected = FusedParts(("q", "k", "v"), (32, 32, 32), ("q", "v"))
     assert {setting.parts for setting in settings.values()} == {expected}
     assert plan(model, "c_attn", rank=2)["model.h.0.attn.c_attn"].parts is None
     assert plan(model, "c_attn,c_attn.q", rank=2)["model.h.0.attn.c_attn"].parts is None
@@ -251,7 +251,7 @@ def test_the_key_part_changes_what_the_architecture_takes_for_keys() -> None:
 
 def test_a_layer_without_a_fused_name_has_no_parts() -> None:
     assert find_parts(nn.Linear(4, 12), "q_proj", None) is None
-    assert find_parts(nn.Linear(4, 12), "qkv", None) == Parts(("q", "k", "v"), (4, 4, 4), ())
+    assert find_parts(nn.Linear(4, 12), "qkv", None) == FusedParts(("q", "k", "v"), (4, 4, 4), ())
     assert find_parts(nn.Linear(4, 13), "qkv", None) is None
 
 

@@ -7,8 +7,8 @@ import copy
 import gc
 from typing import Any
 
-from graft.adapters.attach import LayerSetting
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.attach import LayerConfig
+from graft.adapters.layer_kinds import FusedParts
 from graft.engine.adapter_bank import AdapterBank, RowAdapters
 from graft.engine.adapter_factors import BankFactors, make_factors
 from graft.errors import RunError
@@ -120,7 +120,7 @@ def test_an_embedding_is_adapted_with_the_output_tied_to_it(kind: str | None, bi
     both = make_adapter(model, targets="embed_tokens,q_proj", rank=3, seed=1)
     tensors, record = make_adapter(model, targets="embed_tokens", rank=5, seed=2)
     path = "model.embed_tokens"
-    record.layers[path] = LayerSetting(5, 16.0, kind=kind)
+    record.layers[path] = LayerConfig(5, 16.0, kind=kind)
     adapters = [both, (tensors, record)]
     expected = [logits_with(model, TOKENS[:3], adapter) for adapter in (*adapters, None)]
     bank = bank_of(model)
@@ -133,7 +133,7 @@ def test_parts_of_a_fused_projection_are_adapted_alone() -> None:
     model = make_model({**LLAMA, "model_type": "phi3"})
     adapter = make_adapter(model, targets="qkv_proj.q,qkv_proj.v,gate_up_proj.up", rank=3)
     path = "model.layers.0.self_attn.qkv_proj"
-    assert adapter[1].layers[path].parts == Parts(("q", "k", "v"), (64, 32, 32), ("q", "v"))
+    assert adapter[1].layers[path].parts == FusedParts(("q", "k", "v"), (64, 32, 32), ("q", "v"))
     expected = logits_with(model, TOKENS[:2], adapter)
     bank = bank_of(model)
     logits = mixed(bank, [((install(bank, adapter), 1.0),), ()])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graft.adapters.attach import LayerSetting
+from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, write_adapter
 from graft.adapters.formats.rotary import interleave
 from graft.engine.adapter_factors import (
@@ -117,7 +117,7 @@ def test_what_rows_cannot_have_of_their_own_is_named(targets: str, method: str, 
         for path, _ in model.named_modules()
         if path.endswith(targets) and path.startswith("model.")
     ]
-    record = AdapterRecord({path: LayerSetting(1, 4.0, method) for path in paths})
+    record = AdapterRecord({path: LayerConfig(1, 4.0, method) for path in paths})
     with pytest.raises(AdapterDoesNotFit, match=said):
         make(({}, record), model)
 

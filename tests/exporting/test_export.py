@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting
+from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
 from graft.exporting import export as exporting
 
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
         f"{Q}.lora_a": 0.1 * mx.random.normal((64, 4), key=mx.random.key(0)),
         f"{Q}.lora_b": 0.1 * mx.random.normal((4, 64), key=mx.random.key(1)),
     }
-    record = AdapterRecord({Q: LayerSetting(4, 6.0)}, str(tmp_path / "base"))
+    record = AdapterRecord({Q: LayerConfig(4, 6.0)}, str(tmp_path / "base"))
     write_adapter(tmp_path / "run" / "adapters.npz", tensors, record)
     return tmp_path
 
@@ -64,7 +64,7 @@ def test_an_adapter_of_no_model_folder_is_exported_as_it_is(run: Path) -> None:
     """Such as one that was trained with Graft's layers in a model of one's own."""
     path = run / "own" / "adapters.npz"
     tensors = {"tower.q_proj.lora_a": mx.ones((6, 2)), "tower.q_proj.lora_b": mx.ones((2, 4))}
-    write_adapter(path, tensors, AdapterRecord({"tower.q_proj": LayerSetting(2, 2.0)}))
+    write_adapter(path, tensors, AdapterRecord({"tower.q_proj": LayerConfig(2, 2.0)}))
     assert exporting.main([str(path), "--to", "peft", "--out", str(run / "out")]) == 0
     again, _ = load_adapter(run / "out")
     assert mx.array_equal(again["tower.q_proj.lora_b"], tensors["tower.q_proj.lora_b"])

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import AdapterRecord, adapter_tensors, layer_settings
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.layer_kinds import FusedParts
 from graft.errors import InputError
 from graft.exporting.fused_model import Fusion, fuse, quantized_bits
 from graft.pretrained.load import read_model
@@ -145,9 +145,9 @@ def test_the_layers_that_are_quantized_anew(tmp_path: Path) -> None:
 def test_a_fused_projection_s_parts_go_in(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     path = "model.layers.0.self_attn.q_proj"
-    parts = Parts(("a", "b"), (16, 16), ("b",), repeats=2)
+    parts = FusedParts(("a", "b"), (16, 16), ("b",), repeats=2)
     model, _ = read_model(base)
-    attach(model, {path: LayerSetting(4, 6.0, parts=parts)})
+    attach(model, {path: LayerConfig(4, 6.0, parts=parts)})
     model.model.layers[0].self_attn.q_proj.lora_b += 0.2
     tensors = adapter_tensors(model)
     found = fused(base, tmp_path / "out", tensors, AdapterRecord(layer_settings(model)))
@@ -182,6 +182,6 @@ def test_an_adapter_of_a_tied_input_alone_is_not_fused(
     _, record, tensors = adapter_of(base, "embed_tokens", method=method)
     if method == "dora":  # a length a dimension
         tensors["model.embed_tokens.m"] = mx.ones(64)
-    layers = {path: LayerSetting(4, 6.0, method, kind) for path in record.layers}
+    layers = {path: LayerConfig(4, 6.0, method, kind) for path in record.layers}
     with pytest.raises(InputError, match="one weight cannot be both"):
         fused(base, tmp_path / "out", tensors, AdapterRecord(layers))

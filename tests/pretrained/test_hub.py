@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting
+from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
 
 import mlx.core as mx
@@ -57,7 +57,7 @@ def run(tmp_path: Path) -> Path:
         f"{Q}.lora_b": 0.1 * mx.random.normal((4, 64), key=mx.random.key(1)),
     }
     options = {"data": "data", "learning_rate": 1e-4, "seed": 0}
-    record = AdapterRecord({Q: LayerSetting(4, 6.0)}, "base", options=options)
+    record = AdapterRecord({Q: LayerConfig(4, 6.0)}, "base", options=options)
     write_adapter(tmp_path / "run" / "adapters.npz", tensors, record)
     rows = [{"kind": "eval", "split": "valid", "loss": loss} for loss in (3.5, 2.25)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.targets import choose_layers
 from graft.data.batches import Batch, pad
 from graft.data.examples import tokenize
@@ -146,7 +146,7 @@ def test_evaluation_is_the_same_cross_entropy(
 
 def test_lora_gradients_equal_autograd(ours: nn.Module, theirs: Any, batch: Batch) -> None:
     """Of every `lora_a` and `lora_b`; B is random, since at zero the gradient of A would be too."""
-    settings = dict.fromkeys(choose_layers(ours), LayerSetting(rank=4, alpha=6.0))
+    settings = dict.fromkeys(choose_layers(ours), LayerConfig(rank=4, alpha=6.0))
     attach(ours, settings, seed=3)
     generator = np.random.default_rng(1)
     for _, layer in lora_layers(ours):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.attach import LayerConfig, attach
+from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 
 import mlx.core as mx
@@ -16,8 +16,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 RANK, ALPHA = 2, 3.0
 FLOATING_MODES = ("mxfp4", "nvfp4", "mxfp8")
-QKV = Parts(("q", "k", "v"), (32, 16, 16), ("q", "v"))
-PER_HEAD = Parts(("q", "k", "v"), (8, 8, 8), ("k",), repeats=4)
+QKV = FusedParts(("q", "k", "v"), (32, 16, 16), ("q", "v"))
+PER_HEAD = FusedParts(("q", "k", "v"), (8, 8, 8), ("k",), repeats=4)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Case:
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
-    setting: LayerSetting = field(default=LayerSetting(RANK, ALPHA))
+    setting: LayerConfig = field(default=LayerConfig(RANK, ALPHA))
 
 
 def normal(*shape: int, seed: int = 7) -> mx.array:
@@ -55,8 +55,8 @@ def row() -> tuple[Any, ...]:
     return (normal(2, 5, 64),)
 
 
-MERGE_FIRST = LayerSetting(RANK, ALPHA, "merge-first")
-NO_RANK = LayerSetting(1, 1.0)
+MERGE_FIRST = LayerConfig(RANK, ALPHA, "merge-first")
+NO_RANK = LayerConfig(1, 1.0)
 
 CASES = {
     "linear": Case(lambda: nn.Linear(64, 48), row),
@@ -78,7 +78,7 @@ CASES = {
         lambda: nn.Conv1d(6, 8, 3, dilation=2, groups=2, bias=False), lambda: (normal(2, 9, 6),)
     ),
     "conv1d depthwise": Case(
-        lambda: nn.Conv1d(6, 6, 3, groups=6), lambda: (normal(2, 9, 6),), LayerSetting(1, 2.0)
+        lambda: nn.Conv1d(6, 6, 3, groups=6), lambda: (normal(2, 9, 6),), LayerConfig(1, 2.0)
     ),
     "conv2d": Case(
         lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(1, 0)),
@@ -93,24 +93,24 @@ CASES = {
         lambda: (normal(1, 4, 5, 3, 3),),
     ),
     "fused": Case(
-        lambda: nn.Linear(32, 64), lambda: (normal(2, 5, 32),), LayerSetting(2, 3.0, parts=QKV)
+        lambda: nn.Linear(32, 64), lambda: (normal(2, 5, 32),), LayerConfig(2, 3.0, parts=QKV)
     ),
     "fused quantized": Case(
         lambda: quantized(nn.Linear(32, 64)),
         lambda: (normal(2, 5, 32),),
-        LayerSetting(2, 3.0, parts=QKV),
+        LayerConfig(2, 3.0, parts=QKV),
     ),
     "fused per head": Case(
-        lambda: nn.Linear(32, 96), lambda: (normal(2, 5, 32),), LayerSetting(2, 3.0, parts=PER_HEAD)
+        lambda: nn.Linear(32, 96), lambda: (normal(2, 5, 32),), LayerConfig(2, 3.0, parts=PER_HEAD)
     ),
     "experts": Case(experts, expert_inputs),
     "experts quantized": Case(lambda: quantized(experts()), expert_inputs),
     "rms norm": Case(lambda: nn.RMSNorm(64), row, NO_RANK),
     "layer norm": Case(lambda: nn.LayerNorm(64), row, NO_RANK),
     "group norm": Case(lambda: nn.GroupNorm(4, 64), row, NO_RANK),
-    "bias": Case(lambda: nn.Linear(64, 48), row, LayerSetting(1, 1.0, "bias")),
+    "bias": Case(lambda: nn.Linear(64, 48), row, LayerConfig(1, 1.0, "bias")),
     "bias of a quantized layer": Case(
-        lambda: quantized(nn.Linear(64, 48)), row, LayerSetting(1, 1.0, "bias")
+        lambda: quantized(nn.Linear(64, 48)), row, LayerConfig(1, 1.0, "bias")
     ),
     "merge-first linear": Case(lambda: nn.Linear(64, 48), row, MERGE_FIRST),
     "merge-first quantized": Case(lambda: quantized(nn.Linear(64, 48)), row, MERGE_FIRST),
@@ -127,7 +127,7 @@ CASES = {
 def by_method(method: str, *names: str, kind: str | None = None) -> dict[str, Case]:
     """Cases of other methods over layers that stand above."""
     rank, alpha = (RANK, ALPHA) if METHODS[method].ranked else (1, 1.0)
-    setting = LayerSetting(rank, alpha, method, kind)
+    setting = LayerConfig(rank, alpha, method, kind)
     return {f"{method} {kind or name}": replace(CASES[name], setting=setting) for name in names}
 
 

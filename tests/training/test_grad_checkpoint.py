@@ -3,7 +3,7 @@
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.errors import InputError
 from graft.training.grad_checkpoint import checkpoint_blocks
 
@@ -23,7 +23,7 @@ def adapted(config: dict[str, Any] = LLAMA, *, dropout: float = 0.0, bits: int =
         nn.quantize(model, group_size=32, bits=bits)
     linear = (nn.Linear, nn.QuantizedLinear)
     paths = [p for p, m in model.named_modules() if isinstance(m, linear) and "layers" in p]
-    attach(model, {path: LayerSetting(4, 8.0) for path in paths}, dropout=dropout)
+    attach(model, {path: LayerConfig(4, 8.0) for path in paths}, dropout=dropout)
     for _, layer in lora_layers(model):
         layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
     model.train()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerSetting, attach
+from graft.adapters.attach import LayerConfig, attach
 from graft.data.batches import TrainingBatches
 from graft.data.examples import Example
 from graft.runtime import cpu as backend
@@ -25,7 +25,7 @@ RATE = 1e-2
 def adapted() -> nn.Module:
     model = make_model(CONFIG)
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    attach(model, {path: LayerSetting(4, 8.0) for path in paths})
+    attach(model, {path: LayerConfig(4, 8.0) for path in paths})
     model.train()
     return model
 
@@ -251,7 +251,7 @@ def test_compiled_steps_guard_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
     """As on a GPU: the decision stands within the compiled step."""
     monkeypatch.setattr(backend, "runs_on_cpu", lambda: False)
     model = Bigrams()
-    attach(model, {"head": LayerSetting(2, 4.0)})
+    attach(model, {"head": LayerConfig(2, 4.0)})
     update = make_step(model, loss=nan_loss)
     batch = arrays(next(batches_of(uneven_rows(), 2, 1)))
     before = copies(update)

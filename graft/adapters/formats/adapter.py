@@ -8,8 +8,8 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-from graft.adapters.attach import LayerSetting
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.attach import LayerConfig
+from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.errors import InputError
 from graft.models import RANK_STABILIZED, scale_of
@@ -39,7 +39,7 @@ class Adapter:
     """
 
     tensors: dict[str, mx.array]
-    layers: dict[str, LayerSetting]
+    layers: dict[str, LayerConfig]
     base_model: str | None = None
     dropout: float = 0.0
     rotary: str | None = None
@@ -112,7 +112,7 @@ def alpha_for(scale: float, rank: int) -> float:
     return next((value for value in near if value / rank == scale), alpha)
 
 
-def guess_kind(path: str, setting: LayerSetting, a: mx.array | None) -> str:
+def guess_kind(path: str, setting: LayerConfig, a: mx.array | None) -> str:
     """The kind of a layer without its model: as recorded, or by the rank of A and the name."""
     if setting.kind is not None:
         return setting.kind
@@ -156,7 +156,7 @@ def products(
 
 
 def _product(
-    kind: str, a: mx.array, b: mx.array, setting: LayerSetting, magnitude: mx.array | None
+    kind: str, a: mx.array, b: mx.array, setting: LayerConfig, magnitude: mx.array | None
 ) -> Product:
     if setting.parts is not None:
         b = _spread_over_parts(b, setting.parts)
@@ -169,7 +169,7 @@ def _product(
     return replace(product, alpha=alpha_for(scale, product.rank), rank_stabilized=False)
 
 
-def _spread_over_parts(b: mx.array, parts: Parts) -> mx.array:
+def _spread_over_parts(b: mx.array, parts: FusedParts) -> mx.array:
     """B of a fused projection, (rank, outputs of the parts), as (parts * rank, all outputs)."""
     rows, first = [], 0
     for name, outputs in zip(parts.enabled, parts.outputs(), strict=True):
@@ -211,7 +211,7 @@ def from_products(
         alpha = product.alpha
         if product.magnitude is not None and product.rank_stabilized:
             alpha = alpha_for(product.scale, product.rank)
-        layers[path] = LayerSetting(product.rank, alpha, method, kind)
+        layers[path] = LayerConfig(product.rank, alpha, method, kind)
     return Adapter(tensors, layers, base_model, dropout, rotary, notes)
 
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from graft.adapters.attach import LayerSetting
+from graft.adapters.attach import LayerConfig
 from graft.adapters.formats.adapter import (
     Adapter,
     Product,
@@ -68,7 +68,7 @@ def read_mlx_lm(path: Path) -> Adapter:
 
 
 def _product(path: str, found: dict[str, mx.array], scale: float) -> Product:
-    kind = guess_kind(path, LayerSetting(1, 1.0), found["a"])
+    kind = guess_kind(path, LayerConfig(1, 1.0), found["a"])
     product = Product(kind, found["a"], found["b"], 1.0, magnitude=found.get("m"))
     rank = product.rank if product.b.ndim > 1 else 1
     return Product(kind, found["a"], found["b"], alpha_for(scale, rank), magnitude=found.get("m"))

@@ -9,7 +9,7 @@ Reference: https://github.com/ml-explore/mlx-examples/tree/main/lora
 import re
 from pathlib import Path
 
-from graft.adapters.attach import LayerSetting
+from graft.adapters.attach import LayerConfig
 from graft.adapters.formats.adapter import (
     INTERLEAVED,
     Adapter,
@@ -57,7 +57,7 @@ def read_npz(path: Path, *, alpha: float | None = None) -> Adapter:
     for name, halves in pairs.items():
         layer = new_name(name)
         a, b = halves["a"], halves["b"]
-        kind = guess_kind(layer, LayerSetting(1, 1.0), a)
+        kind = guess_kind(layer, LayerConfig(1, 1.0), a)
         product = Product(kind, a, b, 1.0)
         rank = product.rank if b.ndim > 1 else 1
         found[layer] = Product(kind, a, b, alpha_for(scale, rank) if alpha is None else alpha)

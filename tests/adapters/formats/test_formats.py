@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import AdapterRecord, apply_adapter, load_adapter, write_adapter
 from graft.adapters.formats import WRITERS, Adapter, detect, find_file, read_adapter
 from graft.adapters.formats.adapter import HALVES, INTERLEAVED, Product, from_products, products
 from graft.adapters.formats.base_model import BaseModel
 from graft.adapters.formats.gguf import read_header
 from graft.adapters.formats.rotary import interleave, to_halves
-from graft.adapters.layer_kinds import Parts
+from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.targets import plan
 from graft.errors import InputError
 
@@ -41,9 +41,9 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
     return 0.2 * mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def make_adapter(settings: dict[str, LayerSetting] | None = None, **values: Any) -> Adapter:
+def make_adapter(settings: dict[str, LayerConfig] | None = None, **values: Any) -> Adapter:
     """Random A and B for three layers of the tiny Llama."""
-    layers = settings or dict.fromkeys(SHAPES, LayerSetting(4, 6.0))
+    layers = settings or dict.fromkeys(SHAPES, LayerConfig(4, 6.0))
     tensors = {}
     for number, (path, setting) in enumerate(layers.items()):
         inputs, outputs = SHAPES[path]
@@ -118,9 +118,9 @@ def test_ranks_alphas_and_rslora_that_differ_come_through_to_rounding(
     form: str, tmp_path: Path
 ) -> None:
     settings = {
-        Q: LayerSetting(2, 6.0),
-        K: LayerSetting(8, 5.0),
-        DOWN: LayerSetting(4, 3.0, "rslora"),
+        Q: LayerConfig(2, 6.0),
+        K: LayerConfig(8, 5.0),
+        DOWN: LayerConfig(4, 3.0, "rslora"),
     }
     adapter = make_adapter(settings)
     found = deltas(load(write(form, adapter, tmp_path)))
@@ -129,7 +129,7 @@ def test_ranks_alphas_and_rslora_that_differ_come_through_to_rounding(
 
 
 def test_a_form_with_one_rank_pads_and_says_so(tmp_path: Path) -> None:
-    adapter = make_adapter({Q: LayerSetting(2, 3.0), K: LayerSetting(8, 12.0)})
+    adapter = make_adapter({Q: LayerConfig(2, 3.0), K: LayerConfig(8, 12.0)})
     notes = WRITERS["mlx-lm"](adapter, tmp_path / "out", base=BASE)
     assert notes == ["padded with zeros to rank 8: 1 layers (exact, but larger)"]
     tensors = read_adapter(tmp_path / "out" / "adapters.safetensors").tensors
@@ -138,7 +138,7 @@ def test_a_form_with_one_rank_pads_and_says_so(tmp_path: Path) -> None:
 
 
 def test_rslora_for_all_layers_stays_rslora_in_peft(tmp_path: Path) -> None:
-    adapter = make_adapter({Q: LayerSetting(4, 6.0, "rslora"), K: LayerSetting(8, 5.0, "rslora")})
+    adapter = make_adapter({Q: LayerConfig(4, 6.0, "rslora"), K: LayerConfig(8, 5.0, "rslora")})
     again = load(write("peft", adapter, tmp_path))
     assert again.layers == adapter.layers
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -146,8 +146,8 @@ def test_rslora_for_all_layers_stays_rslora_in_peft(tmp_path: Path) -> None:
 
 
 def test_a_fused_projection_becomes_one_layer_with_a_rank_a_part() -> None:
-    parts = Parts(("q", "k", "v"), (4, 2, 2), ("q", "v"), repeats=3)
-    setting = LayerSetting(2, 3.0, "lora", "fused", parts)
+    parts = FusedParts(("q", "k", "v"), (4, 2, 2), ("q", "v"), repeats=3)
+    setting = LayerConfig(2, 3.0, "lora", "fused", parts)
     tensors = {"c_attn.lora_a": normal(16, 4), "c_attn.lora_b": normal(2, 18, seed=1)}
     found = products(Adapter(tensors, {"c_attn": setting}), target="any", kinds=("linear",))
     layer = nn.Sequential(nn.Linear(16, 24))
@@ -388,7 +388,7 @@ def embedding_adapter(config: dict[str, Any]) -> Adapter:
         for half in ("a", "b"):
             shape = layer[f"lora_{half}"].shape
             tensors[f"{path}.lora_{half}"] = normal(*shape, seed=number)
-    return Adapter(tensors, {path: LayerSetting(4, 6.0) for path, _ in lora_layers(model)})
+    return Adapter(tensors, {path: LayerConfig(4, 6.0) for path, _ in lora_layers(model)})
 
 
 def test_a_tied_embedding_goes_through_peft_as_two_layers(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_an_embedding_beside_its_own_head_goes_through(form: str, tmp_path: Path
 def test_an_input_embedding_alone_leaves_a_tied_output_as_it_was(tmp_path: Path) -> None:
     # PEFT adapts a tied embedding at the input only.
     adapter = embedding_adapter(QWEN2)
-    layers = adapter.layers | {"model.embed_tokens": LayerSetting(4, 6.0, kind="embedding-input")}
+    layers = adapter.layers | {"model.embed_tokens": LayerConfig(4, 6.0, kind="embedding-input")}
     adapter = replace(adapter, layers=layers)
     model = make_model(QWEN2)
     apply_adapter(model, adapter.tensors, AdapterRecord(layers), name="test")
@@ -464,16 +464,16 @@ def test_an_input_embedding_alone_leaves_a_tied_output_as_it_was(tmp_path: Path)
 @pytest.mark.parametrize(
     ("form", "settings", "named"),
     [
-        ("peft", {Q: LayerSetting(1, 1.0, "vera"), K: LayerSetting(4, 6.0)}, f"{Q} (vera)"),
-        ("mlx-lm", {Q: LayerSetting(1, 1.0, "ia3"), K: LayerSetting(4, 6.0)}, f"{Q} (ia3)"),
-        ("gguf", {Q: LayerSetting(4, 6.0, "dora"), K: LayerSetting(4, 6.0)}, f"{Q} (dora)"),
-        ("gguf", {Q: LayerSetting(1, 1.0, "full"), K: LayerSetting(1, 1.0, "bias")}, f"{K} (bias)"),
-        ("gguf", {DOWN: LayerSetting(1, 1.0, "norm", "vector")}, f"{DOWN} (norm, a vector)"),
-        ("mlx-lm", {Q: LayerSetting(4, 6.0, "merge-first", "weight")}, f"{Q} (of kind weight)"),
+        ("peft", {Q: LayerConfig(1, 1.0, "vera"), K: LayerConfig(4, 6.0)}, f"{Q} (vera)"),
+        ("mlx-lm", {Q: LayerConfig(1, 1.0, "ia3"), K: LayerConfig(4, 6.0)}, f"{Q} (ia3)"),
+        ("gguf", {Q: LayerConfig(4, 6.0, "dora"), K: LayerConfig(4, 6.0)}, f"{Q} (dora)"),
+        ("gguf", {Q: LayerConfig(1, 1.0, "full"), K: LayerConfig(1, 1.0, "bias")}, f"{K} (bias)"),
+        ("gguf", {DOWN: LayerConfig(1, 1.0, "norm", "vector")}, f"{DOWN} (norm, a vector)"),
+        ("mlx-lm", {Q: LayerConfig(4, 6.0, "merge-first", "weight")}, f"{Q} (of kind weight)"),
     ],
 )
 def test_what_a_form_cannot_hold_is_named(
-    form: str, settings: dict[str, LayerSetting], named: str, tmp_path: Path
+    form: str, settings: dict[str, LayerConfig], named: str, tmp_path: Path
 ) -> None:
     assert named in refusal(lambda: write(form, make_adapter(settings), tmp_path))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerSetting, attach, lora_layers
+from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import AdapterRecord, apply_adapter, layer_settings, load_adapter
 from graft.adapters.formats import WRITERS, Adapter
 from graft.adapters.formats.base_model import BaseModel
@@ -127,7 +127,7 @@ def test_an_interleaved_base_goes_to_peft_in_halves(tmp_path: Path) -> None:
         layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
     meta.eval()
     tensors = {f"{p}.{n}": a for p, layer in lora_layers(meta) for n, a in layer.tensors().items()}
-    adapter = Adapter(tensors, {p: LayerSetting(4, 6.0) for p, _ in lora_layers(meta)})
+    adapter = Adapter(tensors, {p: LayerConfig(4, 6.0) for p, _ in lora_layers(meta)})
     base = BaseModel("meta", LLAMA | {"rope_traditional": True})
     WRITERS["peft"](adapter, tmp_path / "peft", base=base)
     write_model(tmp_path / "base", LLAMA)
