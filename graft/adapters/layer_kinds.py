@@ -56,6 +56,13 @@ class LayerKind:
         norm: weight -> length of what each output sums over; `None` where DoRA is not defined.
         spread: (one value an output, *inputs) -> the same, to be multiplied with the output.
         input_alone: whether an output that is tied to the layer stays as it was.
+        takes_ids: whether the layer's input is ids and not numbers, as an embedding's.
+        ranked: whether A and B have a rank; a vector is trained whole.
+        rank_axes: the axes of A and of B along which the rank runs.
+        as_matrix: A or B -> a matrix, or a stack of matrices: (..., inputs, rank) of A and
+            (..., rank, outputs) of B.
+        from_matrix: (matrix, leading axes of A) -> A or B again; the leading axes are all but the
+            last two, such as a convolution's window, and () for B.
     """
 
     name: str
@@ -68,6 +75,11 @@ class LayerKind:
     norm: Callable[[mx.array], mx.array] | None = None
     spread: Callable[..., mx.array] = lambda values, *inputs: values
     input_alone: bool = False
+    takes_ids: bool = False
+    ranked: bool = True
+    rank_axes: tuple[int, int] = (-1, 0)
+    as_matrix: Callable[[mx.array], mx.array] = lambda array: array
+    from_matrix: Callable[[mx.array, Shape], mx.array] = lambda matrix, leading: matrix
 
     def draw(self, base: nn.Module, rank: int, key: mx.array | None) -> tuple[mx.array, mx.array]:
         """A uniform in +-1 / sqrt(fan_in) and B zero, float32."""
@@ -109,6 +121,7 @@ EMBEDDING = LayerKind(
     flat=lambda weight: weight,
     norm=_row_norm,
     spread=lambda values, ids: values[ids][..., None],
+    takes_ids=True,
 )
 
 
@@ -156,6 +169,8 @@ CONV = LayerKind(
     update=_conv_update,
     flat=lambda weight: weight.reshape(weight.shape[0], -1).T,
     norm=_row_norm,
+    as_matrix=lambda array: array.flatten(0, -2),
+    from_matrix=lambda matrix, leading: mx.unflatten(matrix, 0, (*leading, -1)),
 )
 
 
@@ -190,6 +205,9 @@ EXPERTS = LayerKind(
     update=_experts_update,
     norm=lambda weight: mx.linalg.norm(weight.astype(mx.float32), axis=-1),
     spread=lambda values, x, indices, sorted_indices=False: values[indices][..., None, :],
+    rank_axes=(-2, -1),
+    as_matrix=lambda array: array.swapaxes(-1, -2),
+    from_matrix=lambda matrix, leading: matrix.swapaxes(-1, -2),
 )
 
 
@@ -243,7 +261,17 @@ VECTOR = LayerKind(
     fan_in=lambda base: 1,
     largest_rank=lambda base: 1,
     product=lambda base, a, b: a * b,
+    ranked=False,
 )
+
+# Every kind but "fused", which `fused_kind` makes for a projection's parts.
+LAYER_KINDS = {
+    kind.name: kind
+    for kind in (
+        *(LINEAR, EMBEDDING, EMBEDDING_INPUT, EMBEDDING_COLUMNS),
+        *(CONV, EXPERTS, WEIGHT, VECTOR),
+    )
+}
 
 
 def fused_kind(parts: FusedParts) -> LayerKind:
@@ -284,7 +312,7 @@ def fused_kind(parts: FusedParts) -> LayerKind:
 
 
 # From base type to kind. Types of mlx-lm stand by name, as importing it takes a second.
-KINDS: dict[type[nn.Module] | str, LayerKind] = {
+KINDS_BY_TYPE: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LINEAR,
     nn.QuantizedLinear: LINEAR,
     "graft.runtime.cpu.DequantizingLinear": LINEAR,
@@ -309,7 +337,9 @@ def kind_of(module: nn.Module | None, parts: FusedParts | None = None) -> LayerK
         parts: divides a linear layer, which makes it a fused projection.
     """
     for parent in type(module).__mro__:
-        kind = KINDS.get(parent) or KINDS.get(f"{parent.__module__}.{parent.__qualname__}")
+        kind = KINDS_BY_TYPE.get(parent) or KINDS_BY_TYPE.get(
+            f"{parent.__module__}.{parent.__qualname__}"
+        )
         if kind is not None and parent.__call__ is type(module).__call__:
             return fused_kind(parts) if parts and kind is LINEAR else kind
     weight = None if module is None else module.get("weight")

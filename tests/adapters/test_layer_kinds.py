@@ -6,7 +6,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
-from graft.adapters.layer_kinds import LINEAR, VECTOR, FusedParts, kind_of
+from graft.adapters.layer_kinds import LAYER_KINDS, LINEAR, VECTOR, FusedParts, kind_of
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.runtime.cpu import DequantizingLinear
@@ -397,3 +397,16 @@ def test_embeddings_equal_torch_with_the_sum_of_weight_and_delta() -> None:
     hidden = normal(3, 32)
     logits = torch.nn.functional.linear(torch.tensor(np.array(hidden)), weight)
     close(layer.as_linear(hidden), mx.array(logits.numpy()))
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d", "conv3d", "experts"])
+def test_the_matrices_of_a_and_b_multiply_to_the_product(name: str) -> None:
+    _, _, layer = adapt(name)
+    a, b, kind = layer.lora_a, layer.lora_b, LAYER_KINDS[layer.kind]
+    matrices = kind.as_matrix(a) @ kind.as_matrix(b)
+    product = kind.product(layer.base, a, b)
+    expected = product.swapaxes(-1, -2) if kind.flat is None else kind.flat(product)
+    close(matrices, expected)
+    assert [array.shape[axis] for array, axis in zip((a, b), kind.rank_axes, strict=True)] == [2, 2]
+    assert mx.array_equal(kind.from_matrix(kind.as_matrix(a), a.shape[:-2]), a)
+    assert mx.array_equal(kind.from_matrix(kind.as_matrix(b), ()), b)
