@@ -13,7 +13,7 @@ VERBS = {
     "bench": ("graft.cli.bench:main", "measure speed and memory, beside other tools"),
     "chat": ("graft.cli.chat:main", "talk to a model, and choose adapters between answers"),
     "convert": ("graft.convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
-    "dataset": ("graft.corpus.build:main", "build a dataset from the documentation of packages"),
+    "dataset": ("graft.cli.dataset:main", "build a dataset from the documentation of packages"),
     "export": ("graft.exporting.export:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
     "extract": ("graft.exporting.merge:main_extract", "find the adapter between two models"),
     "fuse": ("graft.exporting.fuse:main", "write a model with its adapter inside"),

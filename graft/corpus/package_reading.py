@@ -36,7 +36,7 @@ import griffe
 _FILES_WORTH_PROCESSES = 200  # reading fewer is done before processes have started
 _TEST_MODULE = re.compile(r"tests|test_\w*|conftest")
 
-Report = Callable[[int, int], None]
+ReadingProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Documentation:
 
 
 def read_package(
-    package: Package, *, workers: int, report: Report = lambda done, total: None
+    package: Package, *, workers: int, report: ReadingProgress = lambda done, total: None
 ) -> Documentation:
     """Read what a package documents.
 
@@ -86,7 +86,7 @@ class _Reading:
         skipped: what was not, and why.
     """
 
-    def __init__(self, workers: int, report: Report) -> None:
+    def __init__(self, workers: int, report: ReadingProgress) -> None:
         self.modules: dict[str, Module] = {}
         self.skipped: dict[str, str] = {}
         self._files: dict[str, Files] = {}

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from graft.cli.dataset import main
 from graft.corpus import build as docstrings
-from graft.corpus.build import main
 
 import pytest
 
@@ -284,7 +284,7 @@ def test_an_interruption_leaves_nothing_behind(
             raise KeyboardInterrupt
 
     written: list[list[str]] = []
-    for place, moment in ((docstrings, "read_package"), (docstrings.Row, "as_json")):
+    for place, moment in ((docstrings, "read_package"), (docstrings.DocumentationRow, "as_json")):
         with monkeypatch.context() as patch:
             patch.setattr(place, moment, interrupt)
             assert build("tools", "--out", tmp_path / "new" / "out") == 130
