@@ -4,10 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+from graft.bench import runner
 from graft.bench import work as bench_work
+from graft.bench.runner import interleave, table
 from graft.bench.work import MODELS, WORKS, Work, make_materials
 from graft.cli import bench
-from graft.cli.bench import interleave, table
 from graft.pretrained.load import read_model
 from models import weight_shape
 
@@ -84,13 +85,13 @@ def test_what_is_unknown_is_refused(
 def test_peft_is_left_out_where_it_cannot_do_the_work() -> None:
     place = Path("nowhere")
     for name, peers in (("m40", ["graft", "mlx-lm", "peft"]), ("m40-q4", ["graft", "mlx-lm"])):
-        runs = bench.runs_of(WORKS[name], ["mlx-lm", "peft"], place, place, sys.executable)
+        runs = runner.runs_of(WORKS[name], ["mlx-lm", "peft"], place, place, sys.executable)
         assert list(runs) == peers
 
 
 def test_a_tool_too_slow_to_reach_a_loss_is_left_out() -> None:
     place, peers = Path("nowhere"), ["mlx-lm", "mlx-lm-as-installed"]
-    runs = bench.runs_of(WORKS["m10-to-loss"], peers, place, place, sys.executable)
+    runs = runner.runs_of(WORKS["m10-to-loss"], peers, place, place, sys.executable)
     assert list(runs) == ["graft", "mlx-lm"]
 
 
@@ -116,14 +117,14 @@ def test_a_server_s_table_tells_what_sharing_gains_and_costs() -> None:
 def test_only_servers_are_measured_serving() -> None:
     place = Path("nowhere")
     peers = ["peft", "mlx-lm", "mlx-lm-as-installed"]
-    runs = bench.runs_of(WORKS["serve"], peers, place, place, sys.executable)
+    runs = runner.runs_of(WORKS["serve"], peers, place, place, sys.executable)
     assert list(runs) == ["graft", "mlx-lm"]
 
 
 def test_a_tool_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; sys.exit('no such thing')"
-    with pytest.raises(bench.InputError, match="no such thing"):
-        bench._measure([sys.executable, "-c", code, "tool", "model"])
+    with pytest.raises(runner.InputError, match="no such thing"):
+        runner._measure([sys.executable, "-c", code, "tool", "model"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
@@ -138,7 +139,7 @@ for _ in range(2):
         os._exit(0)
 time.sleep(5)
 """
-    figures = bench._measure([sys.executable, "-c", code]).figures
+    figures = runner._measure([sys.executable, "-c", code]).figures
     assert 2e8 < figures["resident_bytes"] < 3.5e8  # 4e8 if each had its own of all
     assert figures["seconds"] > 5
 
