@@ -98,7 +98,7 @@ def loss(
     model: nn.Module,
     inputs: mx.array,
     targets: mx.array,
-    trained: mx.array,
+    loss_mask: mx.array,
     documents: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Mean cross-entropy over the trained tokens.
@@ -107,18 +107,18 @@ def loss(
         model: maps token ids (rows, tokens) to logits (rows, tokens, vocabulary).
         inputs: (rows, tokens) token ids.
         targets: (rows, tokens) the ids that follow.
-        trained: (rows, tokens) bool; false where a target does not count, as on padding.
+        loss_mask: (rows, tokens) bool; false where a target does not count, as on padding.
         documents: (rows, tokens) which document of a packed row a token belongs to.
 
     Returns:
         The loss in nats, and the number of trained tokens.
     """
     if (head := getattr(model, "loss_head", None)) is not None:
-        total = head.cross_entropy(model, inputs, targets, trained, documents)
+        total = head.cross_entropy(model, inputs, targets, loss_mask, documents)
     else:
         logits = forward(model, inputs, documents).astype(mx.float32)
-        total = (nn.losses.cross_entropy(logits, targets) * trained).sum()
-    tokens = trained.sum()
+        total = (nn.losses.cross_entropy(logits, targets) * loss_mask).sum()
+    tokens = loss_mask.sum()
     return total / mx.maximum(tokens, 1), tokens
 
 
@@ -592,7 +592,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arrays(batch: Batch) -> tuple[mx.array, ...]:
-    parts = (batch.inputs, batch.targets, batch.trained, batch.documents)
+    parts = (batch.inputs, batch.targets, batch.loss_mask, batch.documents)
     return tuple(mx.array(part) for part in parts if part is not None)
 
 

@@ -145,7 +145,7 @@ def wait_for(path: Path, child: "subprocess.Popen[bytes]") -> None:
 
 
 def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.trained)
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
 
 
 class TestTraining:
@@ -261,17 +261,17 @@ class TestLoss:
         assert together.item() == pytest.approx(np.average(means, weights=counts), rel=1e-5)
 
     def test_what_stands_on_padding_does_not_matter(self, model: nn.Module, split: Split) -> None:
-        inputs, targets, trained = arrays(pad(split.examples, [0, 5]))
-        mean, _ = lora.loss(model, inputs, targets, trained)
-        garbage = mx.where(trained, targets, 7)
-        other, _ = lora.loss(model, mx.where(trained, inputs, 9), garbage, trained)
+        inputs, targets, loss_mask = arrays(pad(split.examples, [0, 5]))
+        mean, _ = lora.loss(model, inputs, targets, loss_mask)
+        garbage = mx.where(loss_mask, targets, 7)
+        other, _ = lora.loss(model, mx.where(loss_mask, inputs, 9), garbage, loss_mask)
         assert other.item() == pytest.approx(mean.item(), rel=1e-6)
 
     def test_a_batch_without_trained_tokens_has_loss_zero(
         self, model: nn.Module, split: Split
     ) -> None:
-        inputs, targets, trained = arrays(pad(split.examples, [0]))
-        mean, tokens = lora.loss(model, inputs, targets, mx.zeros_like(trained))
+        inputs, targets, loss_mask = arrays(pad(split.examples, [0]))
+        mean, tokens = lora.loss(model, inputs, targets, mx.zeros_like(loss_mask))
         assert (mean.item(), tokens.item()) == (0.0, 0)
 
 

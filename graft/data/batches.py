@@ -34,7 +34,7 @@ class Batch:
         inputs: (rows, tokens) int32, padded with 0; or (rows, tokens, dims), where
             `graft.training.activation_cache` kept states.
         targets: (rows, tokens) int32, the token ids moved on by one.
-        trained: (rows, tokens) bool; false on padding and on what is not to be learnt.
+        loss_mask: (rows, tokens) bool; false on padding and on what is not to be learnt.
         rows: which examples these are.
         documents: (rows, tokens) int32, which document of its row a token belongs to; padding is
             one more. `None` where a row is one.
@@ -42,7 +42,7 @@ class Batch:
 
     inputs: NDArray[Any]
     targets: NDArray[np.int32]
-    trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     rows: tuple[int, ...]
     documents: NDArray[np.int32] | None = None
 
@@ -314,7 +314,7 @@ def pack(
     # The last token of a row predicts nothing; the next row begins in its place.
     tokens = np.zeros((shape[0], shape[1] + 1), dtype=np.int32)
     targets, documents = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    trained = np.zeros(shape, dtype=np.bool_)
+    loss_mask = np.zeros(shape, dtype=np.bool_)
     first = examples[packs[0][0]].states
     states = None if first is None else np.zeros((*shape, first.shape[-1]), dtype=first.dtype)
     for place, rows in enumerate(packs):
@@ -322,9 +322,9 @@ def pack(
             example = examples[row]
             part = slice(start, start + len(example) - 1)
             tokens[place, start : start + len(example)] = example.tokens
-            targets[place, part], trained[place, part] = example.tokens[1:], example.trained[1:]
+            targets[place, part], loss_mask[place, part] = example.tokens[1:], example.loss_mask[1:]
             if states is not None:
                 states[place, part] = example.states
         documents[place] = np.searchsorted(starts[place], np.arange(shape[1]), side="right")
     inputs = tokens[:, :-1] if states is None else states
-    return Batch(inputs, targets, trained, tuple(itertools.chain(*packs)), documents)
+    return Batch(inputs, targets, loss_mask, tuple(itertools.chain(*packs)), documents)

@@ -30,7 +30,7 @@ from graft.pretrained.tokenizer import Tokenizer
 import numpy as np
 from numpy.typing import NDArray
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Example:
 
     Attributes:
         tokens: (tokens,) int32.
-        trained: (tokens,) bool; whether the model is to predict this token from those before it.
+        loss_mask: (tokens,) bool; whether the model is to predict this token from those before it.
         states: (tokens - 1, dims) what `graft.training.activation_cache` kept of them, where it
         did.
     """
 
     tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     states: NDArray[Any] | None = None
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Split:
     @cached_property
     def trained_tokens(self) -> int:
         """Tokens that are to be predicted."""
-        return sum(int(example.trained.sum()) for example in self.examples)
+        return sum(int(example.loss_mask.sum()) for example in self.examples)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,7 +170,7 @@ def tokenize(
     encoded = _encode_rows(rows, tokenizer, mask_prompt=mask_prompt, add_eos=add_eos)
     cut = sum(len(ids) > max_length for ids, _ in encoded)
     examples = [_example(ids[:max_length], marks[:max_length]) for ids, marks in encoded]
-    kept = [example for example in examples if example.trained.any()]
+    kept = [example for example in examples if example.loss_mask.any()]
     shapes = Counter(str(shape(row.fields)) for row in rows)
     return Split(kept, cut=cut, skipped=len(examples) - len(kept), shapes=dict(shapes))
 
@@ -202,10 +202,10 @@ def cut_documents(
     windows = []
     for start in range(0, max(len(documents["tokens"]) - context, 1), max_length - context):
         window = slice(start, start + max_length)
-        trained = documents["trained"][window].copy()
-        trained[: context if start else 1] = False
-        if trained.any():
-            windows.append(Example(documents["tokens"][window], trained))
+        loss_mask = documents["loss_mask"][window].copy()
+        loss_mask[: context if start else 1] = False
+        if loss_mask.any():
+            windows.append(Example(documents["tokens"][window], loss_mask))
     return Split(windows, shapes={"documents": len(rows)})
 
 
@@ -312,9 +312,9 @@ def _ended(
 
 
 def _example(ids: NDArray[np.int32], marks: NDArray[np.bool_]) -> Example:
-    trained = marks.copy()
-    trained[:1] = False
-    return Example(ids, trained)
+    loss_mask = marks.copy()
+    loss_mask[:1] = False
+    return Example(ids, loss_mask)
 
 
 def _refuse_texts(rows: Sequence[Row]) -> None:
@@ -331,7 +331,7 @@ def _flattened(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
     return {
         "lengths": np.array([len(example) for example in examples], dtype=np.int64),
         "tokens": np.concatenate([none.tokens, *(example.tokens for example in examples)]),
-        "trained": np.concatenate([none.trained, *(example.trained for example in examples)]),
+        "loss_mask": np.concatenate([none.loss_mask, *(example.loss_mask for example in examples)]),
     }
 
 
@@ -340,7 +340,8 @@ def _divided(arrays: dict[str, NDArray[Any]]) -> list[Example]:
     ends = np.cumsum(arrays["lengths"]).tolist()
     places = zip([0, *ends], ends, strict=False)
     return [
-        Example(arrays["tokens"][start:end], arrays["trained"][start:end]) for start, end in places
+        Example(arrays["tokens"][start:end], arrays["loss_mask"][start:end])
+        for start, end in places
     ]
 
 

@@ -70,14 +70,14 @@ def compare(sample: Sample, model: nn.Module) -> Comparison:
     tokens = 0.0
     for batch, file in zip(sample.batches, sample.files, strict=True):
         expected, found = cast(mx.array, mx.load(str(file))), _log_probs(model, batch)
-        counts = mx.array(batch.trained)
+        counts = mx.array(batch.loss_mask)
         targets = mx.array(batch.targets)[..., None]
         divergence = (mx.exp(expected) * (expected - found)).sum(axis=-1)
         same = expected.argmax(axis=-1) == found.argmax(axis=-1)
         losses = [-mx.take_along_axis(p, targets, axis=-1)[..., 0] for p in (expected, found)]
         sums = sums + mx.stack([(values * counts).sum() for values in (divergence, same, *losses)])
         mx.eval(sums)
-        tokens += float(batch.trained.sum())
+        tokens += float(batch.loss_mask.sum())
     means = cast(list[float], (sums / max(tokens, 1)).tolist())
     return Comparison(means[0], means[1], means[2], means[3], int(tokens))
 

@@ -252,8 +252,8 @@ def _enter(model: nn.Module, cut: int, inputs: NDArray[np.int32]) -> mx.array:
 def _sample(splits: Mapping[str, Split]) -> list[Example]:
     """A short row to compare on."""
     example = max(next(iter(splits.values())).examples[:ROWS], key=len)
-    trained = np.ones(min(len(example), 17), dtype=np.bool_)
-    return [Example(example.tokens[:17], trained)]
+    loss_mask = np.ones(min(len(example), 17), dtype=np.bool_)
+    return [Example(example.tokens[:17], loss_mask)]
 
 
 def _cut_off(model: nn.Module, cut: int, loss: Loss, examples: list[Example]) -> bool:
@@ -319,7 +319,7 @@ def _opened(kind: type, doorway: _Doorway) -> type:
 
 def _arrays(examples: Sequence[Example]) -> Arrays:
     batch = pad(examples, range(len(examples)))
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.trained)
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
 
 
 def _same(found: Any, expected: Any) -> bool:

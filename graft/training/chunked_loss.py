@@ -53,7 +53,7 @@ class Head:
         model: nn.Module,
         inputs: mx.array,
         targets: mx.array,
-        trained: mx.array,
+        loss_mask: mx.array,
         documents: mx.array | None = None,
     ) -> mx.array:
         """The summed cross-entropy of the trained tokens, in nats.
@@ -62,18 +62,18 @@ class Head:
             model: whose last layer this is; in training mode the gradient is made along with it.
             inputs: (rows, tokens) token ids.
             targets: (rows, tokens) the ids that follow.
-            trained: (rows, tokens) bool.
+            loss_mask: (rows, tokens) bool.
             documents: as for `graft.training.packing.forward`.
         """
         with self.skipped():
             hidden = forward(model, inputs, documents)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        targets, trained = targets.reshape(-1), trained.reshape(-1)
-        places = _trained_places(trained)
+        targets, loss_mask = targets.reshape(-1), loss_mask.reshape(-1)
+        places = _trained_positions(loss_mask)
         if places is not None:
-            hidden, targets, trained = hidden[places], targets[places], trained[places]
+            hidden, targets, loss_mask = hidden[places], targets[places], loss_mask[places]
         return summed_cross_entropy(
-            self.project(), hidden, targets, trained, differentiable=model.training
+            self.project(), hidden, targets, loss_mask, differentiable=model.training
         )
 
     def project(self) -> Callable[[mx.array], mx.array]:
@@ -135,7 +135,7 @@ def summed_cross_entropy(
     project: Callable[[mx.array], mx.array],
     hidden: mx.array,
     targets: mx.array,
-    trained: mx.array,
+    loss_mask: mx.array,
     *,
     differentiable: bool = True,
     chunk: int | None = None,
@@ -146,7 +146,7 @@ def summed_cross_entropy(
         project: hidden states (rows, dims) to logits (rows, vocabulary); linear, and not trained.
         hidden: (rows, dims).
         targets: (rows,) token ids.
-        trained: (rows,) bool; what counts.
+        loss_mask: (rows,) bool; what counts.
         differentiable: make the gradient of `hidden` along with the loss.
         chunk: rows at a time; by default as many as keep the logits small.
     """
@@ -162,7 +162,7 @@ def summed_cross_entropy(
             # One chunk after the other, or the logits of all of them would wait side by side.
             waiting: Any = mx.depends([hidden[part]], [total, *gradients[-1:]])
             rows = waiting[0]
-            loss, gradient = _chunk(project, rows, targets[part], trained[part], differentiable)
+            loss, gradient = _chunk(project, rows, targets[part], loss_mask[part], differentiable)
             total = total + loss
             gradients += gradient
         return total, mx.concatenate(gradients) if gradients else hidden
@@ -183,7 +183,7 @@ def _chunk(
     project: Callable[[mx.array], mx.array],
     hidden: mx.array,
     targets: mx.array,
-    trained: mx.array,
+    loss_mask: mx.array,
     differentiable: bool,
 ) -> tuple[mx.array, list[mx.array]]:
     """Summed loss of some rows and, if wanted, its gradient with respect to `hidden`."""
@@ -191,15 +191,15 @@ def _chunk(
     logits, places = raw.astype(mx.float32), targets[:, None]
     wanted = mx.take_along_axis(logits, places, axis=-1)
     if not differentiable:
-        return ((mx.logsumexp(logits, axis=-1, keepdims=True) - wanted)[:, 0] * trained).sum(), []
+        return ((mx.logsumexp(logits, axis=-1, keepdims=True) - wanted)[:, 0] * loss_mask).sum(), []
     # What this costs beside the products is passes over the logits, and most of all exponentials:
     # these are taken once, for loss and gradient, and scaled where there are fewer numbers.
     top = logits.max(axis=-1, keepdims=True)
     powers = exponential(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
-    loss = (top + mx.log(total) - wanted)[:, 0] * trained
+    loss = (top + mx.log(total) - wanted)[:, 0] * loss_mask
     missing = mx.take_along_axis(powers, places, axis=-1) - total
-    error, scale = mx.put_along_axis(powers, places, missing, axis=-1), trained[:, None] / total
+    error, scale = mx.put_along_axis(powers, places, missing, axis=-1), loss_mask[:, None] / total
     if raw.dtype == hidden.dtype == mx.float32:
         _, (gradient,) = mx.vjp(project, [hidden], [error])
         return loss.sum(), [gradient * scale]
@@ -208,9 +208,9 @@ def _chunk(
     return loss.sum(), [gradient]
 
 
-def _trained_places(trained: mx.array) -> mx.array | None:
-    """Where `trained` holds; `None` where shapes must not depend on values, as in compiling."""
-    return mx.array(np.flatnonzero(np.array(trained))) if runs_on_cpu() else None
+def _trained_positions(loss_mask: mx.array) -> mx.array | None:
+    """Where `loss_mask` holds; `None` where shapes must not depend on values, as in compiling."""
+    return mx.array(np.flatnonzero(np.array(loss_mask))) if runs_on_cpu() else None
 
 
 @lru_cache

@@ -140,6 +140,6 @@ def kept_plan(saved: Mapping[str, Any], options: Options) -> Plan | None:
 
 
 def _arrays(batch: Batch, part: int) -> Arrays:
-    tokens = slice(-(-batch.trained.shape[1] // part))
-    arrays = (batch.inputs, batch.targets, batch.trained, batch.documents)
+    tokens = slice(-(-batch.loss_mask.shape[1] // part))
+    arrays = (batch.inputs, batch.targets, batch.loss_mask, batch.documents)
     return tuple(mx.array(array[:, tokens]) for array in arrays if array is not None)

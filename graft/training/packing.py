@@ -112,7 +112,7 @@ def _agrees(model: nn.Module, batch: Batch, offset: int, expected: mx.array) -> 
     try:
         documents: Any = batch.documents
         logits = forward(model, mx.array(batch.inputs), mx.array(documents), offset=offset)
-        found = logits.flatten(0, 1)[mx.array(np.flatnonzero(batch.trained))]
+        found = logits.flatten(0, 1)[mx.array(np.flatnonzero(batch.loss_mask))]
         tolerance = TOLERANCE if expected.dtype == mx.float32 else HALF_TOLERANCE
         difference = mx.abs(found - expected).max()
         return bool((difference <= tolerance * mx.abs(expected).max()).item())

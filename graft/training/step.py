@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-# (inputs, targets, trained), and documents where rows are packed.
+# (inputs, targets, loss_mask), and documents where rows are packed.
 Arrays = tuple[mx.array, ...]
 Loss = Callable[..., tuple[mx.array, mx.array]]
 
@@ -47,7 +47,7 @@ class UpdateStep:
 
     Args:
         model: with an adapter attached.
-        loss: (model, inputs, targets, trained[, documents]) -> (mean loss, trained tokens).
+        loss: (model, inputs, targets, loss_mask[, documents]) -> (mean loss, trained tokens).
         optimizer: of `graft.training.optimizers.make_optimizer`.
         grad_clip: largest norm of the gradient; 0 does not clip.
         lanes: micro-batches at a time, as `graft.runtime.workers` has it.

@@ -302,10 +302,10 @@ def test_modules_that_read_the_weight_get_the_adapted_one() -> None:
 
 
 def token_loss(
-    model: nn.Module, inputs: mx.array, targets: mx.array, trained: mx.array
+    model: nn.Module, inputs: mx.array, targets: mx.array, loss_mask: mx.array
 ) -> tuple[mx.array, mx.array]:
-    losses = nn.losses.cross_entropy(model(inputs), targets) * trained
-    return losses.sum() / trained.sum(), trained.sum()
+    losses = nn.losses.cross_entropy(model(inputs), targets) * loss_mask
+    return losses.sum() / loss_mask.sum(), loss_mask.sum()
 
 
 def start(method: str) -> tuple[nn.Module, UpdateStep]:

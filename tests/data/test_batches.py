@@ -25,9 +25,9 @@ from support.paths import ROOT
 
 
 def make_example(length: int, start: int = 0) -> Example:
-    trained = np.ones(length, dtype=np.bool_)
-    trained[:1] = False
-    return Example(np.arange(start, start + length, dtype=np.int32), trained)
+    loss_mask = np.ones(length, dtype=np.bool_)
+    loss_mask[:1] = False
+    return Example(np.arange(start, start + length, dtype=np.int32), loss_mask)
 
 
 def make_rows(count: int, *, longest: int = 300, seed: int = 0) -> list[Example]:
@@ -126,14 +126,14 @@ def test_padding_and_the_first_token_are_not_trained() -> None:
     for batch in iterate_batches(examples, 4):
         for place, row in enumerate(batch.rows):
             length = len(examples[row])
-            assert batch.trained[place, : length - 1].all()
-            assert not batch.trained[place, length - 1 :].any()
+            assert batch.loss_mask[place, : length - 1].all()
+            assert not batch.loss_mask[place, length - 1 :].any()
             assert not batch.targets[place, length - 1 :].any()
 
 
 def test_the_trained_tokens_are_all_tokens_but_the_first_of_each_row() -> None:
     examples = make_rows(50)
-    total = sum(int(batch.trained.sum()) for batch in iterate_batches(examples, 4))
+    total = sum(int(batch.loss_mask.sum()) for batch in iterate_batches(examples, 4))
     assert total == sum(len(example) - 1 for example in examples)
 
 
@@ -141,20 +141,20 @@ def test_what_is_not_trained_in_a_row_is_not_trained_in_a_batch() -> None:
     tokens = np.arange(6, dtype=np.int32)
     masked = Example(tokens, np.array([False, False, False, True, True, True]))
     batch = pad([masked], [0], 6)
-    assert batch.trained[0].tolist() == [False, False, True, True, True, False]
+    assert batch.loss_mask[0].tolist() == [False, False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (2, 1), (33, 32), (34, 33)])
 def test_a_batch_is_as_wide_as_what_its_longest_row_predicts(length: int, width: int) -> None:
     # A row of n tokens has n - 1 inputs that something follows.
     batch = pad([make_example(length), make_example(1)], [0, 1])
-    assert batch.inputs.shape == batch.targets.shape == batch.trained.shape == (2, width)
-    assert (batch.inputs.dtype, batch.trained.dtype) == (np.int32, np.bool_)
+    assert batch.inputs.shape == batch.targets.shape == batch.loss_mask.shape == (2, width)
+    assert (batch.inputs.dtype, batch.loss_mask.dtype) == (np.int32, np.bool_)
     assert pad([make_example(length)], [0], 50).inputs.shape == (1, 50)
 
 
 def test_a_row_of_one_token_trains_nothing() -> None:
-    assert not pad([make_example(1)], [0]).trained.any()
+    assert not pad([make_example(1)], [0]).loss_mask.any()
 
 
 def test_widths_are_few() -> None:
@@ -312,8 +312,8 @@ def pairs(batches: list[Batch]) -> set[frozenset[int]]:
     for batch in batches:
         assert batch.documents is not None
         rows = list(batch.rows)
-        for documents, trained in zip(batch.documents, batch.trained, strict=True):
-            there = [rows.pop(0) for _ in np.unique(documents[trained])]
+        for documents, loss_mask in zip(batch.documents, batch.loss_mask, strict=True):
+            there = [rows.pop(0) for _ in np.unique(documents[loss_mask])]
             found |= {frozenset(pair) for pair in itertools.combinations(there, 2)}
         assert not rows
     return found
@@ -349,7 +349,7 @@ def test_packed_every_row_comes_exactly_once_an_epoch(
 
 def test_a_packed_row_holds_its_documents_one_after_the_other() -> None:
     examples = make_rows(5, longest=20)
-    examples[3] = Example(examples[3].tokens, examples[3].trained & False)
+    examples[3] = Example(examples[3].tokens, examples[3].loss_mask & False)
     batch = pack(examples, [[2, 0, 3], [1], [4]], 70)
     assert batch.rows == (2, 0, 3, 1, 4)
     assert batch.documents is not None
@@ -359,10 +359,10 @@ def test_a_packed_row_holds_its_documents_one_after_the_other() -> None:
             example, end = examples[row], start + len(examples[row]) - 1
             assert batch.inputs[place, start:end].tolist() == example.tokens[:-1].tolist()
             assert batch.targets[place, start:end].tolist() == example.tokens[1:].tolist()
-            assert batch.trained[place, start:end].tolist() == example.trained[1:].tolist()
+            assert batch.loss_mask[place, start:end].tolist() == example.loss_mask[1:].tolist()
             assert set(batch.documents[place, start:end].tolist()) == {number}
             start = end
-        assert not batch.trained[place, start:].any()
+        assert not batch.loss_mask[place, start:].any()
         assert set(batch.documents[place, start:].tolist()) == {len(rows) + 1}
 
 
@@ -448,5 +448,5 @@ def test_a_later_epoch_may_be_packed_fuller_than_the_first() -> None:
     for epoch in (0, 1):
         found = one_epoch(batches, epoch)
         assert sorted(rows_of(found)) == list(range(7))
-        fullest.append(max(int(row.sum()) for batch in found for row in batch.trained))
+        fullest.append(max(int(row.sum()) for batch in found for row in batch.loss_mask))
     assert fullest == [35, 38]

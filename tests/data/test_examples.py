@@ -55,8 +55,8 @@ def test_a_row_ends_with_eos_and_all_but_its_first_token_is_trained() -> None:
     split = tokenize(rows("ab"), Bytes(), max_length=10)
     (example,) = split.examples
     assert example.tokens.tolist() == [1, 100, 101, 2]
-    assert example.trained.tolist() == [False, True, True, True]
-    assert (example.tokens.dtype, example.trained.dtype) == (np.int32, np.bool_)
+    assert example.loss_mask.tolist() == [False, True, True, True]
+    assert (example.tokens.dtype, example.loss_mask.dtype) == (np.int32, np.bool_)
     assert len(example) == 4
 
 
@@ -66,7 +66,7 @@ def test_rows_that_are_cut_are_counted_and_have_no_eos() -> None:
     assert split.cut == 2
     assert [len(example) for example in split.examples] == [9, 10, 10, 10]
     assert [example.tokens[-1] == 2 for example in split.examples] == [True, True, False, False]
-    assert all(example.trained[1:].all() for example in split.examples)
+    assert all(example.loss_mask[1:].all() for example in split.examples)
 
 
 def test_a_row_that_loses_only_its_eos_counts_as_cut() -> None:
@@ -98,7 +98,7 @@ def test_real_texts_come_back(sentencepiece: SentencePieceTokenizer) -> None:
 
 
 def learnt(tokenizer: Tokenizer, example: Example) -> str:
-    return tokenizer.decode(example.tokens[example.trained].tolist())
+    return tokenizer.decode(example.tokens[example.loss_mask].tolist())
 
 
 def test_masked_prompts_leave_the_completion_and_its_end(
@@ -111,9 +111,9 @@ def test_masked_prompts_leave_the_completion_and_its_end(
     assert masked.tokens.tolist() == whole.tokens.tolist()
     assert sentencepiece.decode(whole.tokens.tolist()) == fields["prompt"] + fields["completion"]
     before = len(sentencepiece.encode(fields["prompt"]))
-    assert masked.trained.tolist() == [at >= before for at in range(len(masked))]
+    assert masked.loss_mask.tolist() == [at >= before for at in range(len(masked))]
     assert masked.tokens[-1] == sentencepiece.eos_token_id
-    assert whole.trained.tolist() == [at > 0 for at in range(len(whole))]
+    assert whole.loss_mask.tolist() == [at > 0 for at in range(len(whole))]
 
 
 def test_without_eos_a_masked_row_learns_the_completion_alone() -> None:
@@ -124,7 +124,7 @@ def test_without_eos_a_masked_row_learns_the_completion_alone() -> None:
         ).examples
         assert example.tokens.tolist() == [1, 100, 101, 102, 103, *end]
     (example,) = tokenize([row], Bytes(), max_length=99, add_eos=False, mask_prompt=True).examples
-    assert example.trained.tolist() == [False, False, False, True, True]
+    assert example.loss_mask.tolist() == [False, False, False, True, True]
 
 
 def test_rows_with_nothing_left_to_learn_are_skipped_and_counted() -> None:
@@ -133,7 +133,7 @@ def test_rows_with_nothing_left_to_learn_are_skipped_and_counted() -> None:
     data = [Row({"prompt": "p" * length, "completion": "c"}, f"x:{length}") for length in lengths]
     split = tokenize(data, Bytes(), max_length=10, mask_prompt=True)
     assert (len(split), split.skipped, split.cut) == (2, 2, 3)
-    assert all(example.trained.any() for example in split.examples)
+    assert all(example.loss_mask.any() for example in split.examples)
     assert split.shapes == {"prompts and completions": 4}
     user = Row({"messages": [{"role": "user", "content": "anyone?"}]}, "x:1")
     split = tokenize([*data[:1], user], Bytes(), max_length=99, mask_prompt=True)
@@ -153,7 +153,7 @@ def test_plain_chats_learn_the_assistant_and_each_end() -> None:
     byte_ids = [[3 + byte for byte in text.encode()] for text in (first, second)]
     assert example.tokens.tolist() == [1, *byte_ids[0], 2, *byte_ids[1], 2]
     marks = [0] * (1 + len(first) - 2) + [1, 1, 1] + [0] * (len(second) - 2) + [1, 1, 1]
-    assert example.trained.tolist() == [bool(mark) for mark in marks]
+    assert example.loss_mask.tolist() == [bool(mark) for mark in marks]
 
 
 def test_text_has_no_prompt_to_mask(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_windows_learn_each_token_once_in_the_context_before_it(
     for number, window in enumerate(split.examples):
         at = number * (10 - context)
         assert window.tokens.tolist() == stream[at : at + 10]
-        assert not window.trained[: context if number else 1].any()
-        times[at : at + len(window)] += window.trained
+        assert not window.loss_mask[: context if number else 1].any()
+        times[at : at + len(window)] += window.loss_mask
     assert times.tolist() == [int(at not in starts) for at in range(len(stream))]
     assert all(len(window) == 10 for window in split.examples[:-1])
     assert split.trained_tokens == times.sum()
@@ -221,7 +221,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def same(one: Split, two: Split) -> bool:
     return one.fingerprint == two.fingerprint and all(
-        np.array_equal(a.tokens, b.tokens) and np.array_equal(a.trained, b.trained)
+        np.array_equal(a.tokens, b.tokens) and np.array_equal(a.loss_mask, b.loss_mask)
         for a, b in zip(one.examples, two.examples, strict=True)
     )
 

@@ -7,7 +7,7 @@ from graft.data import token_cache
 import numpy as np
 import pytest
 
-ARRAYS = {"tokens": np.arange(1000, dtype=np.int32), "trained": np.arange(1000) % 3 == 0}
+ARRAYS = {"tokens": np.arange(1000, dtype=np.int32), "loss_mask": np.arange(1000) % 3 == 0}
 RECORD = {"cut": 2, "shapes": {"texts": 5}}
 
 
@@ -52,7 +52,7 @@ def test_a_damaged_entry_counts_as_missing_and_is_told(
     else:  # A bit that no reader looks at, such as a date in the zip.
         assert isinstance(damage, int)
         assert np.array_equal(found[0]["tokens"], ARRAYS["tokens"])
-        assert np.array_equal(found[0]["trained"], ARRAYS["trained"])
+        assert np.array_equal(found[0]["loss_mask"], ARRAYS["loss_mask"])
         assert found[1] == RECORD
     token_cache.write("a1", ARRAYS, RECORD)
     assert token_cache.read("a1") is not None

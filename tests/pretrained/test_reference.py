@@ -82,15 +82,17 @@ def batch(folder: Path) -> Batch:
     _, tokenizer, _ = load_model(folder)
     examples = tokenize(ROWS, tokenizer, max_length=64).examples
     batch = pad(examples, range(len(examples)))
-    assert len({len(example) for example in examples}) > 1 and not batch.trained.all()
+    assert len({len(example) for example in examples}) > 1 and not batch.loss_mask.all()
     return batch
 
 
 def torch_loss(model: Any, batch: Batch) -> Any:
     """Cross-entropy by its definition: each row by itself, its real tokens only, no padding."""
     losses = []
-    for inputs, targets, trained in zip(batch.inputs, batch.targets, batch.trained, strict=True):
-        real = int(trained.sum())
+    for inputs, targets, loss_mask in zip(
+        batch.inputs, batch.targets, batch.loss_mask, strict=True
+    ):
+        real = int(loss_mask.sum())
         ids = torch.from_numpy(inputs[:real].astype(np.int64))
         next_ids = torch.from_numpy(targets[:real].astype(np.int64))
         probabilities = model(ids[None]).logits[0].softmax(dim=-1)
@@ -99,7 +101,7 @@ def torch_loss(model: Any, batch: Batch) -> Any:
 
 
 def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.trained)
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
 
 
 def test_logits_equal_transformers(ours: nn.Module, theirs: Any, batch: Batch) -> None:
@@ -130,7 +132,7 @@ def test_the_loss_is_the_cross_entropy_over_real_tokens(
     with torch.no_grad():
         expected = torch_loss(theirs, batch).item()
     found, tokens = lora.loss(ours, *arrays(batch))
-    assert tokens.item() == batch.trained.sum()
+    assert tokens.item() == batch.loss_mask.sum()
     assert found.item() == pytest.approx(expected, abs=1e-5)
 
 

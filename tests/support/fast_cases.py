@@ -89,8 +89,8 @@ def make_examples(lengths: list[int] = LENGTHS, *, masked: bool = True) -> list[
     examples = []
     for number, length in enumerate(lengths):
         tokens = generator.integers(1, SMALL["vocab_size"], length).astype(np.int32)
-        trained = np.arange(length) > (length // 2 if masked and number % 2 else 0)
-        examples.append(Example(tokens, trained))
+        loss_mask = np.arange(length) > (length // 2 if masked and number % 2 else 0)
+        examples.append(Example(tokens, loss_mask))
     return examples
 
 
@@ -101,7 +101,7 @@ def make_batch() -> Batch:
 
 
 def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.trained)
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
 
 
 def assert_same_gradients(found: Any, expected: Any, *, tolerance: float = 1e-4) -> None:

@@ -117,17 +117,17 @@ def test_the_loss_is_that_of_mlx_for_any_chunk() -> None:
     weight = mx.random.normal((50, 8), key=mx.random.key(0))
     hidden = mx.random.normal((13, 8), key=mx.random.key(1))
     targets = mx.arange(13) % 50
-    trained = mx.arange(13) % 3 != 0
+    loss_mask = mx.arange(13) % 3 != 0
 
     def plain(hidden: mx.array) -> mx.array:
-        return (nn.losses.cross_entropy(hidden @ weight.T, targets) * trained).sum()
+        return (nn.losses.cross_entropy(hidden @ weight.T, targets) * loss_mask).sum()
 
     expected, gradient = mx.value_and_grad(plain)(hidden)
     for chunk in (1, 4, 13, 100):
 
         def fast(hidden: mx.array, chunk: int = chunk) -> mx.array:
             return 3 * summed_cross_entropy(
-                lambda x: x @ weight.T, hidden, targets, trained, chunk=chunk
+                lambda x: x @ weight.T, hidden, targets, loss_mask, chunk=chunk
             )
 
         value, found = mx.value_and_grad(fast)(hidden)
@@ -148,9 +148,9 @@ def test_extreme_logits_stay_finite() -> None:
 def test_half_precision_holds_the_gradient_over_a_large_vocabulary() -> None:
     # Float16 ends at 65,504, and the exponentials of equal logits sum to more.
     weight = mx.zeros((70_000, 2), mx.float16)
-    hidden, targets, trained = mx.ones((1, 2), mx.float16), mx.array([3]), mx.array([True])
+    hidden, targets, loss_mask = mx.ones((1, 2), mx.float16), mx.array([3]), mx.array([True])
     value, gradient = mx.value_and_grad(
-        lambda x: summed_cross_entropy(lambda x: x @ weight.T, x, targets, trained)
+        lambda x: summed_cross_entropy(lambda x: x @ weight.T, x, targets, loss_mask)
     )(hidden)
     assert value.item() == pytest.approx(np.log(70_000))
     assert mx.array_equal(gradient, mx.zeros((1, 2)))
@@ -159,10 +159,10 @@ def test_half_precision_holds_the_gradient_over_a_large_vocabulary() -> None:
 def test_nothing_to_train_gives_no_loss_and_no_gradient() -> None:
     model = make_adapted("llama")
     model.loss_head = find_head(model)[0]
-    inputs, targets, trained = arrays(make_batch())
+    inputs, targets, loss_mask = arrays(make_batch())
     model.train()
     (mean, tokens), tree = nn.value_and_grad(model, lora.loss)(
-        model, inputs, targets, mx.zeros_like(trained)
+        model, inputs, targets, mx.zeros_like(loss_mask)
     )
     assert (mean.item(), tokens.item()) == (0, 0)
     assert tree
@@ -174,7 +174,7 @@ def test_memory_is_that_of_a_chunk() -> None:
     weight = mx.random.normal((vocabulary, dims))
     hidden = mx.random.normal((rows, dims))
     mx.eval(weight, hidden)
-    targets, trained = mx.zeros((rows,), mx.int32), mx.ones((rows,), mx.bool_)
+    targets, loss_mask = mx.zeros((rows,), mx.int32), mx.ones((rows,), mx.bool_)
 
     def peak(loss: Any) -> int:
         mx.reset_peak_memory()
@@ -182,7 +182,7 @@ def test_memory_is_that_of_a_chunk() -> None:
         return mx.get_peak_memory()
 
     whole = peak(lambda x: nn.losses.cross_entropy(x @ weight.T, targets).sum())
-    chunked = peak(lambda x: summed_cross_entropy(lambda x: x @ weight.T, x, targets, trained))
+    chunked = peak(lambda x: summed_cross_entropy(lambda x: x @ weight.T, x, targets, loss_mask))
     assert whole > 2 * 4 * rows * vocabulary
     assert chunked < 0.4 * whole
 

@@ -106,7 +106,7 @@ def bytes_of_an_epoch(prepare: Preparation, plan: Plan) -> int:
     reset_peak()
     for _ in range(batches.steps_per_epoch):
         prepare.model.train()
-        arrays = [(b.inputs, b.targets, b.trained) for b in next(batches)]
+        arrays = [(b.inputs, b.targets, b.loss_mask) for b in next(batches)]
         assert update([tuple(map(mx.array, each)) for each in arrays]).good
     lanes = choose_lanes(prepare.options.lanes, plan.rows)
     lora.evaluate(prepare.model, prepare.splits["valid"], plan.rows, lanes=lanes)

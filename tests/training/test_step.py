@@ -35,8 +35,8 @@ def uneven_rows(count: int = 24) -> list[Example]:
     generator = np.random.default_rng(5)
     rows = []
     for length in generator.integers(3, 60, count):
-        trained = np.arange(length) >= generator.integers(1, length)
-        rows.append(Example(generator.integers(0, 512, length).astype(np.int32), trained))
+        loss_mask = np.arange(length) >= generator.integers(1, length)
+        rows.append(Example(generator.integers(0, 512, length).astype(np.int32), loss_mask))
     return rows
 
 
@@ -54,7 +54,7 @@ def make_step(
 
 
 def arrays(batches: list[Any]) -> list[tuple[mx.array, ...]]:
-    return [tuple(map(mx.array, (b.inputs, b.targets, b.trained))) for b in batches]
+    return [tuple(map(mx.array, (b.inputs, b.targets, b.loss_mask))) for b in batches]
 
 
 def train(size: int, accumulation: int, *, steps: int = 6) -> tuple[UpdateStep, list[Any]]:
