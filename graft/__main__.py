@@ -14,7 +14,7 @@ VERBS = {
     "chat": ("graft.cli.chat:main", "talk to a model, and choose adapters between answers"),
     "convert": ("graft.convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
     "dataset": ("graft.cli.dataset:main", "build a dataset from the documentation of packages"),
-    "export": ("graft.exporting.export:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
+    "export": ("graft.exporting.adapter:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
     "extract": ("graft.exporting.merge:main_extract", "find the adapter between two models"),
     "fuse": ("graft.exporting.fuse:main", "write a model with its adapter inside"),
     "inspect": ("graft.exporting.describe:main", "say what an adapter file is"),

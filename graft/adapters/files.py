@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.attach import LayerConfig, attach, detach, lora_layers, setting_of
+from graft.adapters.factors import HALVES, INTERLEAVED, Adapter, guess_kind
 from graft.adapters.formats import detect, find_file, read_adapter
-from graft.adapters.formats.adapter import HALVES, INTERLEAVED, Adapter, guess_kind
-from graft.adapters.formats.base_model import BaseModel
-from graft.adapters.formats.rotary import reordered
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import LOW_RANK_METHODS, METHODS, stored_rank
+from graft.adapters.rotary import reordered
 from graft.errors import InputError
 from graft.models import scale_of
+from graft.pretrained.base_config import BaseModel
 from graft.pretrained.hub import fetch_from_hub
 from graft.pretrained.load import read_json
 from graft.storage.atomic import new_file

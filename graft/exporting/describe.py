@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from graft.adapters.attach import LayerConfig, natural_key
+from graft.adapters.factors import guess_kind, products
 from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
-from graft.adapters.formats.adapter import guess_kind, products
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.cli.command import Parser, command
 from graft.models import scale_of

@@ -21,7 +21,7 @@ from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
 from graft.data.sources import check_place
 from graft.errors import InputError, RunError
-from graft.exporting.export import add_shared_options, open_source, publish
+from graft.exporting.adapter import add_shared_options, open_source, publish
 from graft.exporting.fused_model import WEIGHTS, Fusion, fuse, quantized_bits
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer

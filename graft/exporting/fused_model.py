@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.attach import lora_layers, resolve_kind, setting_of
+from graft.adapters.factors import INTERLEAVED
 from graft.adapters.files import AdapterRecord, apply_adapter
-from graft.adapters.formats.adapter import INTERLEAVED
-from graft.adapters.formats.base_model import BaseModel
-from graft.adapters.formats.rotary import to_halves
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, EMBEDDING_INPUT
 from graft.adapters.methods import make_layer
+from graft.adapters.rotary import to_halves
 from graft.errors import InputError
 from graft.models import dense_layer, is_quantized, with_arrays
+from graft.pretrained.base_config import BaseModel
 from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
 from graft.pretrained.load import EMBEDDED_MODEL, find_folder
 from graft.quantization.choose import WHOLE, can_quantize, settings_like

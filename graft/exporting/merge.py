@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from graft.adapters.attach import LayerConfig, natural_key
+from graft.adapters.factors import EMBEDDING_NAMES, Product, from_products, products
 from graft.adapters.files import find_adapter, load_adapter
 from graft.adapters.formats import Adapter
-from graft.adapters.formats.adapter import EMBEDDING_NAMES, Product, from_products, products
-from graft.adapters.formats.rotary import reordered
 from graft.adapters.methods import truncated_svd
+from graft.adapters.rotary import reordered
 from graft.cli.command import Parser, command
 from graft.errors import InputError
-from graft.exporting.export import as_adapter, export, find_base
+from graft.exporting.adapter import as_adapter, export, find_base
 from graft.models import dense_weight, weight_shape, with_arrays
 from graft.pretrained.lazy_model import BaseFiles, open_base
 from graft.pretrained.load import find_folder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, write_adapter
-from graft.adapters.formats.rotary import interleave
+from graft.adapters.rotary import interleave
 from graft.engine.adapter_factors import (
     BankFactors,
     check_rank,
@@ -14,7 +14,7 @@ from graft.engine.adapter_factors import (
 )
 from graft.engine.errors import AdapterDoesNotFit, AdapterNotFound, RankTooLarge
 from graft.errors import InputError
-from graft.exporting.export import main as export
+from graft.exporting.adapter import main as export
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -7,7 +7,7 @@ Graft's own files are `graft.adapters.files`' matter.
 from collections.abc import Callable
 from pathlib import Path
 
-from graft.adapters.formats.adapter import Adapter
+from graft.adapters.factors import Adapter
 from graft.adapters.formats.ggla import MAGIC as GGLA_MAGIC
 from graft.adapters.formats.ggla import read_ggla
 from graft.adapters.formats.gguf import MAGIC as GGUF_MAGIC

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.formats.adapter import INTERLEAVED, Adapter, Product, from_products, paired
+from graft.adapters.factors import INTERLEAVED, Adapter, Product, from_products, paired
 from graft.adapters.formats.gguf import to_mlx_name
 from graft.adapters.formats.npz import new_name
 from graft.errors import InputError, first_line

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from graft.adapters.formats.adapter import (
+from graft.adapters.factors import (
     HALVES,
     INTERLEAVED,
     Adapter,
@@ -24,9 +24,9 @@ from graft.adapters.formats.adapter import (
     paired,
     products,
 )
-from graft.adapters.formats.base_model import BaseModel
-from graft.adapters.formats.rotary import reordered
+from graft.adapters.rotary import reordered
 from graft.errors import InputError, first_line
+from graft.pretrained.base_config import BaseModel
 from graft.storage.atomic import check_free, new_file
 
 import mlx.core as mx

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from graft.adapters.attach import LayerConfig
-from graft.adapters.formats.adapter import (
+from graft.adapters.factors import (
     Adapter,
     Product,
     alpha_for,
@@ -21,9 +21,9 @@ from graft.adapters.formats.adapter import (
     paired,
     products,
 )
-from graft.adapters.formats.base_model import BaseModel
-from graft.adapters.formats.rotary import reordered
+from graft.adapters.rotary import reordered
 from graft.errors import InputError
+from graft.pretrained.base_config import BaseModel
 from graft.pretrained.load import read_json
 from graft.storage.atomic import new_folder
 from graft.storage.tensor_file import read_tensor_file

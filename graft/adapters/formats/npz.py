@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from graft.adapters.attach import LayerConfig
-from graft.adapters.formats.adapter import (
+from graft.adapters.factors import (
     INTERLEAVED,
     Adapter,
     Product,

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.formats.adapter import HALVES, Adapter, Product, from_products, paired, products
-from graft.adapters.formats.base_model import BaseModel
-from graft.adapters.formats.rotary import reordered
+from graft.adapters.factors import HALVES, Adapter, Product, from_products, paired, products
+from graft.adapters.rotary import reordered
 from graft.errors import InputError
+from graft.pretrained.base_config import BaseModel
 from graft.pretrained.load import read_json
 from graft.storage.atomic import new_folder
 from graft.storage.tensor_file import read_tensor_file

@@ -9,8 +9,8 @@ import graft  # noqa: F401
 from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import AdapterRecord, apply_adapter, layer_settings, load_adapter
 from graft.adapters.formats import WRITERS, Adapter
-from graft.adapters.formats.base_model import BaseModel
 from graft.adapters.targets import plan
+from graft.pretrained.base_config import BaseModel
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -113,7 +113,7 @@ def test_peft_takes_ranks_and_alphas_that_differ(tmp_path: Path) -> None:
 def test_an_interleaved_base_goes_to_peft_in_halves(tmp_path: Path) -> None:
     """An adapter of Meta's layout over the same model in Hugging Face's."""
     peft = import_peft()
-    from graft.adapters.formats.rotary import interleave
+    from graft.adapters.rotary import interleave
 
     from mlx.utils import tree_flatten
 

@@ -10,7 +10,7 @@ Reference: `permute` in https://github.com/ggml-org/llama.cpp/blob/master/conver
 from collections.abc import Callable
 from dataclasses import replace
 
-from graft.adapters.formats.adapter import HALVES, INTERLEAVED, Adapter
+from graft.adapters.factors import HALVES, INTERLEAVED, Adapter
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.errors import InputError
 

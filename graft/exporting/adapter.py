@@ -20,10 +20,10 @@ from graft.adapters.files import (
     write_adapter,
 )
 from graft.adapters.formats import WRITERS, Adapter, detect
-from graft.adapters.formats.base_model import BaseModel, read_base_model
 from graft.cli.command import Parser, command
 from graft.errors import InputError
 from graft.exporting.model_card import Card, read_losses, write_card
+from graft.pretrained.base_config import BaseModel, read_base_model
 from graft.pretrained.hub import check_repository, upload_folder
 from graft.pretrained.load import build_model
 from graft.storage.atomic import check_writable

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.formats.adapter import HALVES, INTERLEAVED
+from graft.adapters.factors import HALVES, INTERLEAVED
 from graft.errors import InputError
 from graft.pretrained.load import find_folder, read_json
 

@@ -1,4 +1,4 @@
-"""graft/exporting/export.py: what the command makes of an adapter, and what it refuses."""
+"""graft/exporting/adapter.py: what the command makes of an adapter, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import graft  # noqa: F401
 from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
-from graft.exporting import export as exporting
+from graft.exporting import adapter as exporting
 
 import mlx.core as mx
 import pytest
