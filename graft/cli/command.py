@@ -9,7 +9,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from graft.errors import InputError, RunError
 
@@ -17,11 +17,32 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is an `InputError`, without the list of all options before it."""
+    """An argument parser that shows every default.
+
+    Its errors are `InputError`s, without the list of all options before them.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Refuse the command line.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(f"{message}; --help lists all options")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds `(default: VALUE)` to the help of every option that takes a value and has a default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, argparse.SUPPRESS, [], ())
+        if not action.option_strings or action.nargs == 0 or not shown or "(default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def command(main: Main) -> Callable[..., int]:

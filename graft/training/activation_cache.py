@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from graft.adapters.targets import block_paths
 from graft.data.batches import group_rows, pad
 from graft.data.examples import Example, Split
 from graft.models import weight_shape
+from graft.runtime.agreement import agrees
+from graft.runtime.overriding import overridden, override, variant
 from graft.runtime.workers import Lanes, groups
 from graft.storage.atomic import new_file
 from graft.training.memory_plan import machine_bytes
@@ -34,9 +37,7 @@ from numpy.typing import NDArray
 # Of the memory that there is, and of the free disk, that the cache may take.
 MEMORY_SHARE = 0.25
 DISK_SHARE = 0.5
-# Rows at a time, and how closely loss and gradients must agree: float32 and half precision.
-ROWS = 8
-TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+ROWS_AT_A_TIME = 8
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -127,7 +128,7 @@ def cache_trunk(
     )
     path = folder / f"trunk-{_digest(model_key, splits, cut)}.npy" if place == "disk" else None
     start = time.perf_counter()
-    rows = ROWS if budget is None else 1
+    rows = ROWS_AT_A_TIME if budget is None else 1
     whole = _StatesStore((tokens, sample.shape[-1]), sample.dtype, path)
     cached = whole.fill(model, cut, splits, rows=rows, lanes=lanes)
     if not _cut_off(model, cut, loss, _sample(splits)):
@@ -231,7 +232,6 @@ def _states_of(model: nn.Module, cut: int, examples: Sequence[Example]) -> list[
 def _enter(model: nn.Module, cut: int, inputs: NDArray[np.int32]) -> mx.array:
     """What enters block `cut`: (rows, tokens, dims)."""
     block = model.layers[cut]
-    kind = type(block)
     reached: list[mx.array] = []
 
     def stop(self: nn.Module, x: mx.array, *_: Any, **__: Any) -> None:
@@ -239,19 +239,14 @@ def _enter(model: nn.Module, cut: int, inputs: NDArray[np.int32]) -> mx.array:
         raise _Reached
 
     model.eval()
-    block.__class__ = type(kind.__name__, (kind,), {"__call__": stop})
-    try:
+    with suppress(_Reached), overridden([block], lambda cls: variant(cls, __call__=stop)):
         model(mx.array(inputs))
-    except _Reached:
-        pass
-    finally:
-        block.__class__ = kind
     return reached[0]
 
 
 def _sample(splits: Mapping[str, Split]) -> list[Example]:
     """A short row to compare on."""
-    example = max(next(iter(splits.values())).examples[:ROWS], key=len)
+    example = max(next(iter(splits.values())).examples[:ROWS_AT_A_TIME], key=len)
     loss_mask = np.ones(min(len(example), 17), dtype=np.bool_)
     return [Example(example.tokens[:17], loss_mask)]
 
@@ -294,15 +289,7 @@ def _layers(model: nn.Module) -> list[Any]:
 def _open_embeddings(model: nn.Module, doorway: _Doorway) -> Callable[[], None]:
     """Let embeddings take states for token ids; returns how to undo it."""
     found = [module for _, module in model.named_modules() if isinstance(module, EMBEDDINGS)]
-    kinds = [type(module) for module in found]
-    for module, kind in zip(found, kinds, strict=True):
-        module.__class__ = _opened(kind, doorway)
-
-    def undo() -> None:
-        for module, kind in zip(found, kinds, strict=True):
-            module.__class__ = kind
-
-    return undo
+    return override(found, lambda cls: _opened(cls, doorway))
 
 
 def _opened(kind: type, doorway: _Doorway) -> type:
@@ -314,7 +301,7 @@ def _opened(kind: type, doorway: _Doorway) -> type:
         doorway.states = x
         return x
 
-    return type(kind.__name__, (kind,), {"__call__": call})
+    return variant(kind, __call__=call)
 
 
 def _arrays(examples: Sequence[Example]) -> Arrays:
@@ -324,13 +311,7 @@ def _arrays(examples: Sequence[Example]) -> Arrays:
 
 def _same(found: Any, expected: Any) -> bool:
     ours, theirs = dict(tree_flatten(found)), dict(tree_flatten(expected))
-    return all(_close(ours[path], array) for path, array in theirs.items())
-
-
-def _close(found: mx.array, expected: mx.array) -> bool:
-    tolerance = TOLERANCE if expected.dtype == mx.float32 else HALF_TOLERANCE
-    difference = mx.abs(found - expected).max()
-    return bool((difference <= tolerance * mx.abs(expected).max()).item())
+    return all(agrees(ours[path], array) for path, array in theirs.items())
 
 
 def _to_numpy(states: mx.array) -> NDArray[Any]:

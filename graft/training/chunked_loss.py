@@ -18,7 +18,9 @@ from typing import Any
 
 from graft.adapters.attach import lora_layers
 from graft.models import dense_weight, is_quantized, linear_dims, weight_shape
+from graft.runtime.agreement import agrees
 from graft.runtime.cpu import exponential, runs_on_cpu
+from graft.runtime.overriding import overridden, variant
 from graft.training.packing import forward
 
 import mlx.core as mx
@@ -29,10 +31,6 @@ from mlx.utils import tree_flatten
 # Logits at a time: 8 MB of them in float32, and as much again for their softmax.
 CHUNK_VALUES = 2**21
 SMALLEST_CHUNK = 32
-# How far logits may differ, as a share of the largest: float32 and half precision.
-TOLERANCE = {mx.float32: 1e-3}
-HALF_TOLERANCE = 3e-2
-
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -86,12 +84,8 @@ class Head:
     @contextmanager
     def skipped(self, factor: float = 1.0) -> Iterator[None]:
         """While this lasts the model gives, times `factor`, what enters its last layer."""
-        kind = type(self._module)
-        self._module.__class__ = _passing(kind, self._name, factor)
-        try:
+        with overridden([self._module], lambda cls: _passing(cls, self._name, factor)):
             yield
-        finally:
-            self._module.__class__ = kind
 
 
 def find_head(model: nn.Module) -> tuple[Head | None, str]:
@@ -216,7 +210,7 @@ def _trained_positions(loss_mask: mx.array) -> mx.array | None:
 @lru_cache
 def _passing(kind: type, name: str, factor: float) -> type:
     """A type like `kind` whose method `name` returns its argument times `factor`."""
-    return type(kind.__name__, (kind,), {name: lambda self, x: x if factor == 1 else x * factor})
+    return variant(kind, **{name: lambda self, x: x if factor == 1 else x * factor})
 
 
 def _gives(module: nn.Module, vocabulary: int) -> bool:
@@ -236,12 +230,4 @@ def _explains(head: Head, model: nn.Module, tokens: mx.array, logits: mx.array) 
         found = head.project()(hidden)
     except Exception:  # Taken for the head, another layer breaks a model in its own way.
         return False
-    return _close(found, logits) and _close(larger / factor, hidden)
-
-
-def _close(found: mx.array, expected: mx.array) -> bool:
-    if found.shape != expected.shape:
-        return False
-    tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
-    largest = mx.abs(expected).max()
-    return bool((mx.abs(found - expected).max() <= tolerance * largest).item())
+    return agrees(found, logits) and agrees(larger / factor, hidden)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from graft.errors import InputError
+from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,9 +28,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
         raise InputError(
             f"--grad-checkpoint: {type(model).__name__} has no list `layers` of blocks"
         )
-    for block in blocks:
-        if not getattr(block, "recomputes", False):
-            block.__class__ = _recomputing(type(block))
+    override([b for b in blocks if not getattr(b, "recomputes", False)], _recomputing)
 
 
 def _recomputing(block_type: Any) -> Any:
@@ -48,7 +47,7 @@ def _recomputing(block_type: Any) -> Any:
         again = True
         return result
 
-    return type(block_type.__name__, (block_type,), {"__call__": call, "recomputes": True})
+    return variant(block_type, __call__=call, recomputes=True)
 
 
 @contextmanager

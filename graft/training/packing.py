@@ -17,6 +17,7 @@ from typing import Any
 
 from graft.data.batches import Batch, pack, pad
 from graft.data.examples import Example
+from graft.runtime.agreement import agrees
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,8 +26,6 @@ import numpy as np
 # Documents to compare on, in two rows with padding.
 SAMPLE_LENGTHS = (6, 4, 8, 9, 5)
 SAMPLE_PACKS = ((0, 1, 2), (3, 4))
-# How far logits may differ, as a share of the largest: float32 and half precision.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 
 
 class Separator:
@@ -113,8 +112,6 @@ def _agrees(model: nn.Module, batch: Batch, offset: int, expected: mx.array) -> 
         documents: Any = batch.documents
         logits = forward(model, mx.array(batch.inputs), mx.array(documents), offset=offset)
         found = logits.flatten(0, 1)[mx.array(np.flatnonzero(batch.loss_mask))]
-        tolerance = TOLERANCE if expected.dtype == mx.float32 else HALF_TOLERANCE
-        difference = mx.abs(found - expected).max()
-        return bool((difference <= tolerance * mx.abs(expected).max()).item())
+        return agrees(found, expected)
     except Exception:  # Every architecture that keeps more than keys fails in its own way.
         return False
