@@ -13,7 +13,6 @@ al. (2023), https://arxiv.org/abs/2305.14314.
 """
 
 import math
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -25,9 +24,6 @@ import mlx.nn as nn
 # Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023),
 # https://arxiv.org/abs/2312.03732.
 RANK_STABILIZED = ("rslora",)
-
-# Fewer rows than these are not worth a whole weight made of a quantized one.
-MANY_ROWS = 8
 
 
 @runtime_checkable
@@ -81,12 +77,6 @@ class LoRALayer(Protocol):
 def scale_of(method: str, rank: int, alpha: float) -> float:
     """The factor on a low-rank update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
     return alpha / (math.sqrt(rank) if method in RANK_STABILIZED else rank)
-
-
-def takes_shortcuts() -> bool:
-    """Whether to compute in ways that are faster on a CPU: there, unless GRAFT_SHORTCUTS is off."""
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return bool(on_cpu) and os.environ.get("GRAFT_SHORTCUTS") != "off"
 
 
 def linear_dims(linear: nn.Module) -> tuple[int, int]:
@@ -271,49 +261,9 @@ class LoRALinear(nn.Module):
         """Map (..., input_dims) to (..., output_dims)."""
         if self.merged is not None:
             return self.merged(x)
-        if self._multiplies_in_one(x):
-            return self._product(x)
         y = self.linear(x)
         z = (self.dropout(x) @ self.lora_a) @ self.lora_b
         return y + (self.scale * z).astype(y.dtype)
-
-    def _multiplies_in_one(self, x: mx.array) -> bool:
-        """Whether `_product` serves: on the CPU, for rows enough, with nothing dropped out."""
-        drops = self.training and self.dropout._p_1 != 1
-        return (
-            not drops
-            and takes_shortcuts()
-            and x.dtype == mx.float32
-            and x.size >= MANY_ROWS * x.shape[-1]
-            and (type(self.linear) is nn.Linear or hasattr(self.linear, "whole_weight"))
-        )
-
-    def _product(self, x: mx.array) -> mx.array:
-        """What `__call__` gives, in half the passes over memory that autodiff would take.
-
-        With T = scale B dY^T, the gradients are dX = W^T dY + A T, dA = X T and dB = A^T X dY.
-        """
-        linear, scale = self.linear, self.scale
-
-        def weight() -> mx.array:
-            found: mx.array = linear.weight if type(linear) is nn.Linear else linear.whole_weight()
-            return found
-
-        @mx.custom_function
-        def product(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-            z = x @ a
-            return mx.addmm(x @ weight().T, z, b, alpha=scale), z
-
-        @product.vjp
-        def product_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
-            t = scale * (dy @ b.T)
-            return mx.addmm(dy @ weight(), t, a.T), x.T @ t, scale * (z.T @ dy)
-
-        rows = x.reshape(-1, x.shape[-1])
-        outputs: Any = product(rows, self.lora_a, self.lora_b)
-        y: mx.array = outputs[0].reshape(*x.shape[:-1], -1)
-        return y + linear.bias if "bias" in linear else y
 
     def delta(self) -> mx.array:
         """scale * (A B)^T: (output_dims, input_dims), float32."""

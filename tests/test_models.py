@@ -1,5 +1,3 @@
-import models
-from graft.runtime.cpu import DequantizingLinear
 from models import LoRALayer, LoRALinear, dense_weight, linear_dims
 
 import mlx.core as mx
@@ -285,42 +283,3 @@ def test_the_layer_holds_its_base_itself_and_keeps_the_protocol() -> None:
     assert layer.base is base and isinstance(layer, LoRALayer)
     assert (layer.rank, layer.alpha, layer.scale) == (2, 4.0, 2.0)
     assert not isinstance(base, LoRALayer)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bits", [None, 4])
-def test_the_product_in_one_is_that_of_base_and_update(
-    monkeypatch: pytest.MonkeyPatch, bits: int | None, bias: bool
-) -> None:
-    mx.random.seed(0)
-    linear: nn.Module = nn.Linear(64, 48, bias=bias)
-    if bits is not None:
-        linear = DequantizingLinear.of(nn.QuantizedLinear.from_linear(linear, 32, bits))
-    layer = LoRALinear(linear, 4, alpha=6.0)
-    layer.lora_b = mx.random.normal((4, 48))
-    x, weights = mx.random.normal((2, 9, 64)), mx.random.normal((2, 9, 48))
-
-    def outcome() -> list[mx.array]:
-        def weighted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-            layer.lora_a, layer.lora_b = a, b
-            return (layer(x) * weights).sum()
-
-        arrays = x, layer.lora_a, layer.lora_b
-        value, gradients = mx.value_and_grad(weighted, argnums=(0, 1, 2))(*arrays)
-        layer.lora_a, layer.lora_b = arrays[1:]
-        return [layer(x), value, *gradients]
-
-    assert layer._multiplies_in_one(x)
-    found = outcome()
-    monkeypatch.setattr(models, "MANY_ROWS", 10**9)
-    assert not layer._multiplies_in_one(x)
-    for ours, plain in zip(found, outcome(), strict=True):
-        assert mx.abs(ours - plain).max() <= 1e-5 * mx.abs(plain).max()
-
-
-def test_dropout_leaves_the_update_apart() -> None:
-    layer = LoRALinear(nn.Linear(64, 48), 4, dropout=0.5)
-    x = mx.ones((16, 64))
-    assert not layer._multiplies_in_one(x)
-    layer.eval()
-    assert layer._multiplies_in_one(x)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from graft.models import is_quantized, linear_dims, weight_shape, with_arrays
+from graft.runtime.cpu import DequantizingLinear
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -315,7 +316,7 @@ def fused_kind(parts: FusedParts) -> LayerKind:
 KINDS_BY_TYPE: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LINEAR,
     nn.QuantizedLinear: LINEAR,
-    "graft.runtime.cpu.DequantizingLinear": LINEAR,
+    DequantizingLinear: LINEAR,
     nn.Embedding: EMBEDDING,
     nn.QuantizedEmbedding: EMBEDDING,
     nn.Conv1d: CONV,

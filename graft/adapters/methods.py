@@ -13,7 +13,8 @@ from typing import Any
 
 from graft.adapters.adapted_layer import AdaptedLayer, Factors, MethodFormula, whole_weight
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, LINEAR, VECTOR, LayerKind
-from graft.models import LoRALinear, dense_layer, dense_weight, is_quantized, with_arrays
+from graft.models import dense_layer, dense_weight, is_quantized, with_arrays
+from graft.runtime.cpu import lora_linear_type
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -453,7 +454,8 @@ def make_layer(
 ) -> nn.Module:
     """The layer that a method makes of a base; arguments as for `AdaptedLayer`."""
     if kind is LINEAR and METHODS[method].formula is LOW_RANK:
-        return LoRALinear(base, rank, alpha=alpha, method=method, dropout=dropout, key=key)
+        layer = lora_linear_type()
+        return layer(base, rank, alpha=alpha, method=method, dropout=dropout, key=key)
     formula = WHOLE if kind is VECTOR else METHODS[method].formula
     return AdaptedLayer(
         base,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from graft.models import MANY_ROWS, dense_weight, takes_shortcuts, weight_shape
+from graft.models import LoRALinear, dense_weight, weight_shape
 from graft.runtime import attention
 
 import mlx.core as mx
@@ -22,6 +22,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 FLOAT_BYTES = 4
+# Fewer rows than these are not worth a whole weight made of a quantized one.
+MANY_ROWS = 8
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -29,6 +31,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def runs_on_cpu() -> bool:
     """Whether the default device is the CPU."""
     return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def takes_shortcuts() -> bool:
+    """Whether to compute in ways that are faster on a CPU: there, unless GRAFT_SHORTCUTS is off."""
+    return runs_on_cpu() and os.environ.get("GRAFT_SHORTCUTS") != "off"
+
+
+def lora_linear_type() -> type[LoRALinear]:
+    """The class of LoRA layer over a linear layer that suits the default device."""
+    return CpuLoRALinear if runs_on_cpu() else LoRALinear
 
 
 def check_compiler() -> None:
@@ -188,6 +200,58 @@ def _frozen_product(linear: "DequantizingLinear") -> Any:
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
         return cotangent @ linear.whole_weight()
+
+    return product
+
+
+class CpuLoRALinear(LoRALinear):
+    """A LoRA layer that computes base and update in one product, in half the passes over memory.
+
+    It does so for rows enough and with nothing dropped out; otherwise as its parent.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., input_dims) to (..., output_dims)."""
+        if self.merged is not None or not self.multiplies_at_once(x):
+            return super().__call__(x)
+        rows = x.reshape(-1, x.shape[-1])
+        outputs: Any = _adapted_product(self)(rows, self.lora_a, self.lora_b)
+        y: mx.array = outputs[0].reshape(*x.shape[:-1], -1)
+        return y + self.linear.bias if "bias" in self.linear else y
+
+    def multiplies_at_once(self, x: mx.array) -> bool:
+        """Whether an input is computed in one product."""
+        drops = self.training and self.dropout._p_1 != 1
+        return (
+            not drops
+            and takes_shortcuts()
+            and x.dtype == mx.float32
+            and x.size >= MANY_ROWS * x.shape[-1]
+            and (type(self.linear) is nn.Linear or hasattr(self.linear, "whole_weight"))
+        )
+
+
+def _adapted_product(layer: LoRALinear) -> Any:
+    """(x, A, B) -> x W^T + scale (x A) B, and x A, with gradients for all three.
+
+    With T = scale B dY^T, the gradients are dX = W^T dY + A T, dA = X T and dB = A^T X dY.
+    """
+    linear, scale = layer.linear, layer.scale
+
+    def weight() -> mx.array:
+        whole: mx.array = linear.weight if type(linear) is nn.Linear else linear.whole_weight()
+        return whole
+
+    @mx.custom_function
+    def product(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        z = x @ a
+        return mx.addmm(x @ weight().T, z, b, alpha=scale), z
+
+    @product.vjp
+    def product_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
+        t = scale * (dy @ b.T)
+        return mx.addmm(dy @ weight(), t, a.T), x.T @ t, scale * (z.T @ dy)
 
     return product
 

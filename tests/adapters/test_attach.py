@@ -341,4 +341,4 @@ def test_rotary_frequencies_are_no_parameters() -> None:
 
 def test_lora_layers_are_of_the_type_in_the_table() -> None:
     for model in (make_model(LLAMA), quantized(4, 32)):
-        assert all(type(layer) is LoRALinear for _, layer in lora_layers(attach_all(model)))
+        assert all(isinstance(layer, LoRALinear) for _, layer in lora_layers(attach_all(model)))

@@ -4,8 +4,14 @@ import sys
 
 import graft  # noqa: F401
 from graft.runtime import cpu as backend
-from graft.runtime.cpu import CompiledStep, DequantizingLinear, suit_backend
-from models import MANY_ROWS, dense_weight, fused, weight_shape
+from graft.runtime.cpu import (
+    MANY_ROWS,
+    CompiledStep,
+    CpuLoRALinear,
+    DequantizingLinear,
+    suit_backend,
+)
+from models import dense_weight, fused, weight_shape
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -241,13 +247,13 @@ def test_whole_weights_are_kept_where_they_fit_and_change_nothing() -> None:
 
 def test_shortcuts_can_be_switched_off() -> None:
     code = (
-        "import lora, models, mlx.core as mx, mlx.nn as nn\n"
-        "from graft.runtime.cpu import suit_backend\n"
+        "import lora, mlx.core as mx, mlx.nn as nn\n"
+        "from graft.runtime.cpu import CpuLoRALinear, suit_backend\n"
         "before = mx.fast.scaled_dot_product_attention, mx.sigmoid\n"
-        "model = nn.Sequential(models.LoRALinear(nn.Linear(8, 8), 2))\n"
+        "model = nn.Sequential(CpuLoRALinear(nn.Linear(8, 8), 2))\n"
         "suit_backend(model)\n"
         "print(before == (mx.fast.scaled_dot_product_attention, mx.sigmoid),"
-        " model.layers[0]._multiplies_in_one(mx.ones((9, 8))))"
+        " model.layers[0].multiplies_at_once(mx.ones((9, 8))))"
     )
     for setting, expected in (("off", "True False"), ("on", "False True")):
         done = subprocess.run(
@@ -270,3 +276,44 @@ def test_a_layer_made_of_one_that_keeps_its_whole_weight_multiplies_with_its_own
     x = mx.ones((MANY, 64))
     assert mx.allclose(changed(x), x @ dense_weight(changed).T + changed.bias, rtol=1e-5)
     assert not mx.allclose(changed(x), layer(x), rtol=0.1)
+
+
+@on_cpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_product_in_one_is_that_of_base_and_update(
+    monkeypatch: pytest.MonkeyPatch, bits: int | None, bias: bool
+) -> None:
+    mx.random.seed(0)
+    linear: nn.Module = nn.Linear(64, 48, bias=bias)
+    if bits is not None:
+        linear = DequantizingLinear.of(nn.QuantizedLinear.from_linear(linear, 32, bits))
+    layer = CpuLoRALinear(linear, 4, alpha=6.0)
+    layer.lora_b = mx.random.normal((4, 48))
+    x, weights = mx.random.normal((2, 9, 64)), mx.random.normal((2, 9, 48))
+
+    def outcome() -> list[mx.array]:
+        def weighted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+            layer.lora_a, layer.lora_b = a, b
+            return (layer(x) * weights).sum()
+
+        arrays = x, layer.lora_a, layer.lora_b
+        value, gradients = mx.value_and_grad(weighted, argnums=(0, 1, 2))(*arrays)
+        layer.lora_a, layer.lora_b = arrays[1:]
+        return [layer(x), value, *gradients]
+
+    assert layer.multiplies_at_once(x)
+    found = outcome()
+    monkeypatch.setattr(backend, "MANY_ROWS", 10**9)
+    assert not layer.multiplies_at_once(x)
+    for ours, plain in zip(found, outcome(), strict=True):
+        assert mx.abs(ours - plain).max() <= 1e-5 * mx.abs(plain).max()
+
+
+@on_cpu
+def test_dropout_leaves_the_update_apart() -> None:
+    layer = CpuLoRALinear(nn.Linear(64, 48), 4, dropout=0.5)
+    x = mx.ones((16, 64))
+    assert not layer.multiplies_at_once(x)
+    layer.eval()
+    assert layer.multiplies_at_once(x)
