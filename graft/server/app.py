@@ -8,15 +8,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from graft.errors import InputError, RunError
-from graft.server.adapter_routes import (
+from graft.server.errors import HttpError, error_body, http_error
+from graft.server.routes.adapters import (
     list_lora_adapters,
     load_lora_adapter,
     scale_lora_adapters,
     unload_lora_adapter,
 )
-from graft.server.errors import HttpError, error_body, http_error
-from graft.server.metrics_routes import health, metrics
-from graft.server.openai_routes import CLIENT_GONE, completions, model, models
+from graft.server.routes.monitoring import health, metrics
+from graft.server.routes.openai import CLIENT_GONE, completions, model, models
 from graft.server.service import Service
 
 from starlette.applications import Starlette

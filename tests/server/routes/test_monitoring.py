@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from graft.server.metrics_routes import Metric, exposition
+from graft.server.routes.monitoring import Metric, exposition
 
 import pytest
 

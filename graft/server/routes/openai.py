@@ -14,7 +14,6 @@ from typing import Any
 from graft.data.chat_template import ChatError
 from graft.engine.streams import Stream
 from graft.errors import InputError, RunError
-from graft.server.adapter_routes import chosen_adapters, shown_path
 from graft.server.errors import HttpError, http_error, openai_body
 from graft.server.requests import GenerationRequest, parse_chat, parse_completion
 from graft.server.responses import (
@@ -25,6 +24,7 @@ from graft.server.responses import (
     response,
     usage_chunk,
 )
+from graft.server.routes.adapters import chosen_adapters, shown_path
 from graft.server.service import Follower, Service, read_json, service_of
 
 from starlette.concurrency import run_in_threadpool

@@ -147,7 +147,7 @@ def test_a_rank_above_the_limit_is_refused(live: Live, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused(live: Live, tmp_path: Path) -> None:
-    from tiny import LLAMA
+    from support.tiny import LLAMA
 
     assert live.folder is not None
     other = {**LLAMA, "hidden_size": 32}
