@@ -20,7 +20,7 @@ VERBS = {
     "inspect": ("graft.exporting.describe:main", "say what an adapter file is"),
     "lora": ("graft.lora:main", "train, evaluate and generate with an adapter"),
     "merge": ("graft.exporting.merge:main_merge", "make one adapter of several"),
-    "serve": ("graft.server.launch:main", "serve a model with many adapters over HTTP"),
+    "serve": ("graft.cli.serve:main", "serve a model with many adapters over HTTP"),
     "targets": (
         "graft.adapters.targets:main",
         "show what can be adapted, and what options would train",

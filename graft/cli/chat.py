@@ -58,9 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk until the input ends."""
+    from graft.engine.adapter_folder import load_all
     from graft.engine.engine import Engine
     from graft.pretrained.load import load_model
-    from graft.server.launch import load_all
 
     args = build_parser().parse_args(argv)
     if args.format is not None and "{}" not in args.format:

@@ -30,7 +30,7 @@ ADAPTER_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """How the server is set up.
 
     Attributes:
@@ -71,7 +71,7 @@ class Service:
 
     engine: Engine
     tokenizer: Tokenizer
-    settings: Settings
+    settings: ServerSettings
     scales: dict[str, float] = field(default_factory=dict)
     responses: Counter[tuple[str, int]] = field(default_factory=Counter)
 

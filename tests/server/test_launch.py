@@ -1,33 +1,14 @@
-"""The command: how it starts, what it refuses, how it ends, and a long mixed day of work."""
+"""Who can reach the server, its name, and a long mixed load."""
 
-import http.client
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import graft.__main__
 from graft.errors import InputError
 from graft.pretrained.load import load_model
-from graft.server.launch import (
-    build_parser,
-    check_reach,
-    find_adapters,
-    is_loopback,
-    listen,
-    model_name,
-)
+from graft.server.launch import check_reach, is_loopback, model_name
 
 import pytest
 
-from support.live_server import serve, write_adapter
-from support.paths import ROOT
+from support.live_server import write_adapter
 from support.soak import Soak
 from support.tiny import write_model
 
@@ -38,34 +19,6 @@ def folder(tmp_path: Path) -> Path:
     for seed, name in enumerate(("one", "two"), 1):
         write_adapter(tmp_path / "adapters" / name, model, "q_proj", 4, seed)
     return tmp_path
-
-
-@contextmanager
-def started(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", int, list[str]]]:
-    """The command in a process of its own: it, its port, and the lines that it began with."""
-    command = [sys.executable, "-m", "graft", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    lines = []
-    try:
-        while not lines or " at http://" not in lines[-1]:
-            lines.append(process.stdout.readline().rstrip("\n"))
-            assert process.poll() is None, process.communicate()
-        yield process, int(lines[-1].rsplit(":", 1)[1].split("/")[0]), lines
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def ask(port: int, body: object) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body))
-    return connection
-
-
-# What it refuses
 
 
 @pytest.mark.parametrize(
@@ -94,165 +47,16 @@ def test_another_address_needs_a_key() -> None:
     check_reach("127.0.0.1", None)
 
 
-def test_the_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAFT_API_KEY", "secret")
-    assert build_parser().parse_args([]).api_key == "secret"
-    assert build_parser().parse_args(["--api-key", "other"]).api_key == "other"
-
-
 @pytest.mark.parametrize("key", ["", " ", "ü", "a\nb"])
 def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
     with pytest.raises(InputError, match="--api-key must be printable ASCII"):
         check_reach("127.0.0.1", key)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--host", "0.0.0.0"], "can be reached from other machines"),
-        (["--allow-load"], "--allow-load needs --adapters DIR"),
-        (["--port", "70000"], "70000 is no port: 0 to 65535"),
-        (["--port", "x"], "invalid"),
-        (["--max-rank", "0"], "0 must be 1 or more"),
-        (["--timeout", "-1"], "-1 must be 0 or more"),
-        (["--timeout", "nan"], "nan must be 0 or more"),
-        (["--host", "256.1.1.1", "--api-key", "k"], "cannot listen at 256.1.1.1:8080"),
-        (["--port", "0", "--model", "/nowhere"], "there is no model folder /nowhere"),
-        (["--port", "0", "--adapters", "/nowhere"], "--adapters /nowhere is no folder"),
-    ],
-)
-def test_a_wrong_command_line_is_one_line(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("GRAFT_API_KEY", raising=False)
-    assert graft.__main__.main(["serve", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert message in error
-
-
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        assert graft.__main__.main(["serve", "--port", str(port), "--model", "/nowhere"]) == 2
-    assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
-
-
-# What it serves
-
-
-def test_a_folder_of_adapters_and_a_run_s_own_folder_are_told_apart(folder: Path) -> None:
-    place = folder / "adapters"
-    (place / "notes").mkdir()
-    (place / "README.md").write_text("no adapter")
-    assert find_adapters(place) == {"one": place / "one", "two": place / "two"}
-    assert find_adapters(place / "one") == {"one": place / "one"}
-    assert find_adapters(place / "notes") == {}
-
-
 def test_the_base_is_called_after_its_folder_or_as_on_the_hub(folder: Path) -> None:
     assert model_name(None) == "sapling"
     assert model_name(f"{folder}/model/") == "model"
     assert model_name("owner/name") == "owner/name"
-
-
-def test_it_says_what_it_serves_and_what_it_left_out(folder: Path) -> None:
-    (folder / "adapters" / "bad").mkdir()
-    (folder / "adapters" / "bad" / "adapters.safetensors").write_bytes(b"torn")
-    place = str(folder / "adapters")
-    model = str(folder / "model")
-    with started("--model", model, "--adapters", place, "--max-adapters", "1") as (_, _, lines):
-        assert lines[0] == "adapter 0: one, rank 4"
-        assert lines[1].startswith("not loaded: bad: ")
-        assert lines[2] == "not loaded: two: there is room for 1 (--max-adapters)"
-        assert lines[3].startswith("adapters may take ")
-        assert lines[4] == "loading while it runs: off (--allow-load)"
-        assert lines[5] == "API key: none, this machine only"
-        assert lines[6].startswith("model at http://127.0.0.1:")
-
-
-def test_a_folder_of_which_nothing_can_be_served_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--model", str(folder / "model"), "--adapters", str(folder / "adapters")]
-    assert graft.__main__.main(["serve", "--port", "0", "--max-rank", "2", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert "no adapter in" in error and "one" in error and "two" in error
-
-
-def test_the_requests_of_the_docs_are_answered(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("openai")
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if "import OpenAI" in block]
-    adapters = {"mlx-docs": ("q_proj", 2), "numpy-docs": ("v_proj", 1)}
-    with serve(tmp_path, adapters=adapters, model="sapling-4bit") as live:
-        names: dict[str, Any] = {}
-        exec(block.replace(":8080/", f":{live.port}/"), names)
-        names["client"].close()
-        out = capsys.readouterr().out
-        assert out.startswith("['sapling-4bit', 'mlx-docs', 'numpy-docs']\n")
-        alone = live.engine.generate("Q: What is relu in mlx?\nA:", adapters={"mlx-docs": 1.0})
-        assert names["answer"].choices[0].text == alone.text[: len(names["answer"].choices[0].text)]
-
-
-def test_the_docs_tell_the_options_that_there_are() -> None:
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"`(--[a-z-]+)", page))
-    there = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert told <= there
-
-
-# How it ends
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(
-    folder: Path, number: signal.Signals
-) -> None:
-    body = {"prompt": "The quick", "max_tokens": 250, "temperature": 0, "stream": True}
-    with started("--model", str(folder / "model")) as (process, port, _):
-        connection = ask(port, body)
-        response = connection.getresponse()
-        assert b"data: " in response.readline()
-        process.send_signal(number)
-        rest = response.read()
-        assert b'"finish_reason": "length"' in rest
-        assert rest.endswith(b"data: [DONE]\n\n")
-        connection.close()
-        out, error = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
-        assert (out, error) == ("stopped\n", "")
-        with pytest.raises(ConnectionError):
-            ask(port, body)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_what_does_not_finish_in_time_is_told_so(folder: Path) -> None:
-    body = {"prompt": "The quick", "max_tokens": 480, "temperature": 0, "stream": True}
-    arguments = ["--model", str(folder / "model"), "--shutdown-timeout", "0"]
-    with started(*arguments) as (process, port, _):
-        connection = ask(port, body)
-        response = connection.getresponse()
-        assert b"data: " in response.readline()
-        process.send_signal(signal.SIGTERM)
-        rest = response.read()
-        assert b'"code": "shutting_down"' in rest
-        assert rest.endswith(b"data: [DONE]\n\n")
-        connection.close()
-        process.communicate(timeout=60)
-        assert process.returncode == 128 + signal.SIGTERM
-
-
-# A long day
 
 
 def test_a_mixed_day_ends_as_it_began(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from graft.adapters.targets import plan
 from graft.engine.engine import Engine
 from graft.pretrained.load import load_model
 from graft.server.launch import listen, make_server
-from graft.server.service import Service, Settings
+from graft.server.service import ServerSettings, Service
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -111,7 +111,7 @@ def serve(
         for name in adapters:
             engine.load_adapter(name, place / name)
         named = {"model": "tiny", "adapters_folder": place.resolve(), **settings}
-        with run(Service(engine, tokenizer, Settings(**named))) as live:
+        with run(Service(engine, tokenizer, ServerSettings(**named))) as live:
             yield live
 
 
