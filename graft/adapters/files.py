@@ -28,8 +28,8 @@ from graft.errors import InputError
 from graft.models import scale_of
 from graft.pretrained.base_config import BaseModel
 from graft.pretrained.hub import fetch_from_hub
-from graft.pretrained.load import read_json
 from graft.storage.atomic import new_file
+from graft.storage.json_file import read_json
 from graft.storage.tensor_file import read_tensor_file
 from graft.storage.weight_files import Output, write_npz
 

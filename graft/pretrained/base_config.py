@@ -7,7 +7,8 @@ from typing import Any
 
 from graft.adapters.factors import HALVES, INTERLEAVED
 from graft.errors import InputError
-from graft.pretrained.load import find_folder, read_json
+from graft.pretrained.load import find_folder
+from graft.storage.json_file import read_json
 
 
 @dataclass(frozen=True)

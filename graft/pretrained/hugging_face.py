@@ -10,7 +10,7 @@ from typing import Any
 
 from graft.errors import InputError
 from graft.pretrained.hub import fetch_from_hub
-from graft.pretrained.load import read_json
+from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import LazyTensor
 from graft.storage.torch_file import open_checkpoint
 from graft.storage.weight_files import open_safetensors

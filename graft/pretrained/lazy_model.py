@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from graft.errors import InputError
 from graft.pretrained.hugging_face import open_hugging_face_folder, with_rope_settings
-from graft.pretrained.load import build_model, quantize_as_saved, read_json
+from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.meta import open_meta_folder
 from graft.pretrained.mlx_names import (
     Tensors,
@@ -21,6 +21,7 @@ from graft.pretrained.mlx_names import (
     translated,
     under_mlx_names,
 )
+from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
 from graft.storage.weight_files import open_npz
 

@@ -5,7 +5,6 @@ folders. Architectures come from mlx-lm. Knows nothing of adapters.
 """
 
 import hashlib
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from graft.errors import InputError, first_line
 from graft.pretrained.hub import fetch_from_hub
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu as backend
+from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
 
 import mlx.core as mx
@@ -121,25 +121,6 @@ def build_model(config: Config) -> nn.Module:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return model
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Raises:
-        InputError: the file is missing or no such JSON.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
 
 
 def read_tensors(path: Path) -> Weights:

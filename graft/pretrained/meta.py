@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.pretrained.load import read_json
+from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
 from graft.storage.torch_file import open_checkpoint
 from graft.storage.weight_files import open_safetensors

@@ -13,16 +13,10 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.errors import InputError
-from graft.pretrained.load import (
-    build_model,
-    find_folder,
-    load_model,
-    read_json,
-    read_model,
-    read_tensors,
-)
+from graft.pretrained.load import build_model, find_folder, load_model, read_model, read_tensors
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.runtime import cpu as backend
+from graft.storage.json_file import read_json
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -16,7 +16,7 @@ from graft.adapters.formats.mlx_lm import read_mlx_lm, write_mlx_lm
 from graft.adapters.formats.npz import read_npz
 from graft.adapters.formats.peft import read_peft, write_peft
 from graft.errors import InputError
-from graft.pretrained.load import read_json
+from graft.storage.json_file import read_json
 
 __all__ = ["READERS", "WRITERS", "Adapter", "detect", "find_file", "read_adapter"]
 

@@ -16,8 +16,8 @@ from graft.adapters.factors import HALVES, Adapter, Product, from_products, pair
 from graft.adapters.rotary import reordered
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseModel
-from graft.pretrained.load import read_json
 from graft.storage.atomic import new_folder
+from graft.storage.json_file import read_json
 from graft.storage.tensor_file import read_tensor_file
 
 import mlx.core as mx

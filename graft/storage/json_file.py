@@ -1,0 +1,26 @@
+"""Reads JSON files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from graft.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        InputError: the file is missing or no such JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
