@@ -22,6 +22,7 @@ from graft.adapters.layer_kinds import (
 from graft.adapters.methods import MERGE_FIRST, METHODS, loftq_start, make_layer
 from graft.errors import InputError
 from graft.models import LoRALayer, is_quantized, linear_dims
+from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -209,11 +210,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             own = module.weight.size * 32 // module.bits + bias
         total += own
     return trained, total
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _parts_problems(

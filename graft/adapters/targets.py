@@ -12,19 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.adapters.attach import (
-    LayerConfig,
-    attach,
-    count_parameters,
-    natural_key,
-    setting_problems,
-)
+from graft.adapters.attach import LayerConfig, attach, count_parameters, setting_problems
 from graft.adapters.layer_kinds import LINEAR, VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
 from graft.cli.command import command
 from graft.errors import InputError
 from graft.models import is_quantized, linear_dims, weight_shape
 from graft.pretrained.load import find_folder, read_model
+from graft.pretrained.module_paths import natural_key
 from graft.training import options as run_options
 from graft.training.options import DEFAULT_ALPHA, Options
 

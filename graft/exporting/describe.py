@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerConfig, natural_key
+from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import guess_kind, products
 from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.cli.command import Parser, command
 from graft.models import scale_of
+from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerConfig, natural_key
+from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import EMBEDDING_NAMES, Product, from_products, products
 from graft.adapters.files import find_adapter, load_adapter
 from graft.adapters.formats import Adapter
@@ -29,6 +29,7 @@ from graft.exporting.adapter import as_adapter, export, find_base
 from graft.models import dense_weight, weight_shape, with_arrays
 from graft.pretrained.lazy_model import BaseFiles, open_base
 from graft.pretrained.load import find_folder
+from graft.pretrained.module_paths import natural_key
 from graft.storage.lazy_tensors import read
 
 import mlx.core as mx

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
+from graft.pretrained.module_paths import natural_key
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
 from graft.storage.torch_file import open_checkpoint
@@ -186,7 +187,7 @@ def _joined_tensors(files: Sequence[Path], dim: int) -> Tensors:
         else open_checkpoint(file)
         for file in files
     }
-    names = sorted({name for shard in shards.values() for name in shard} - _UNUSED, key=_in_order)
+    names = sorted({name for shard in shards.values() for name in shard} - _UNUSED, key=natural_key)
     joined: Tensors = {}
     experts: dict[str, tuple[LazyTensor, ...]] = {}
     problems: list[str] = []
@@ -246,8 +247,3 @@ def _problems(
         shapes = ", ".join(f"{part.shape} {part.dtype}" for part in parts)
         return [f"the parts of {name} do not fit together: {shapes}"]
     return []
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9, and experts alike."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -4,12 +4,12 @@ mlx-lm renames, drops and combines tensors with arrays in hand; here that happen
 Knows nothing of layouts: see `meta_llama` and `hugging_face`.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from graft.errors import InputError
+from graft.pretrained.module_paths import collapsed
 from graft.storage.lazy_tensors import ComputedTensor, LazyTensor, StoredTensor, blocks
 from graft.storage.weight_files import Output, write_safetensors
 
@@ -121,14 +121,3 @@ def _loaded(files: Iterable[Path]) -> dict[str, mx.array]:
     for file in files:
         loaded |= cast(dict[str, mx.array], mx.load(str(file)))
     return loaded
-
-
-def collapsed(paths: Iterable[str]) -> list[str]:
-    """Paths that differ in numbers alone as one, with a star and how many they are."""
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)
-    return [
-        f"{pattern} ({len(group)})" if len(group) > 1 else group[0]
-        for pattern, group in groups.items()
-    ]

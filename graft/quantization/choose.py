@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from graft.errors import InputError
 from graft.models import is_quantized, weight_shape
-from graft.pretrained.mlx_names import collapsed
+from graft.pretrained.module_paths import collapsed
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten

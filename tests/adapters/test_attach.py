@@ -1,12 +1,5 @@
 import graft  # noqa: F401
-from graft.adapters.attach import (
-    LayerConfig,
-    attach,
-    count_parameters,
-    detach,
-    lora_layers,
-    natural_key,
-)
+from graft.adapters.attach import LayerConfig, attach, count_parameters, detach, lora_layers
 from graft.adapters.targets import block_paths, choose_layers
 from graft.errors import InputError
 from models import LoRALinear
@@ -292,10 +285,6 @@ def test_lora_layers_come_in_the_order_of_the_model() -> None:
     attach(model, dict.fromkeys(reversed(choose_layers(model, ["q_proj"])), LayerConfig(1, 1.0)))
     numbers = [int(path.split(".")[2]) for path, _ in lora_layers(model)]
     assert numbers == list(range(12))
-
-
-def test_natural_order_puts_two_before_ten() -> None:
-    assert sorted(["a.10", "a.2", "a.b"], key=natural_key) == ["a.b", "a.2", "a.10"]
 
 
 LLAMA_PARAMETERS = (

@@ -6,7 +6,7 @@ from typing import Any
 import convert
 from graft.errors import InputError
 from graft.pretrained.load import build_model
-from graft.pretrained.mlx_names import collapsed, translated, under_mlx_names
+from graft.pretrained.mlx_names import translated, under_mlx_names
 from graft.storage.lazy_tensors import ComputedTensor, StoredTensor, read
 from graft.storage.weight_files import open_safetensors
 
@@ -131,8 +131,3 @@ def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:
     source = tiny.write_model(tmp_path / "hf", config)
     with pytest.raises(InputError, match="in a way mlx-lm cannot read"):
         translated(source)
-
-
-def test_paths_collapse_to_patterns_with_counts() -> None:
-    paths = ["a.0.b", "a.1.b", "a.1.c", "head"]
-    assert collapsed(paths) == ["a.*.b (2)", "a.1.c", "head"]
