@@ -27,7 +27,7 @@ from graft.adapters.rotary import reordered
 from graft.errors import InputError
 from graft.models import scale_of
 from graft.pretrained.base_config import BaseModel
-from graft.pretrained.hub import fetch_from_hub
+from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.atomic import new_file
 from graft.storage.json_file import read_json
 from graft.storage.tensor_file import read_tensor_file
@@ -188,20 +188,17 @@ def find_adapter(path: Path) -> Path:
     Raises:
         InputError: there is no such adapter.
     """
-    if not path.exists() and is_hub_name(path):
-        path = fetch_from_hub(str(path), HUB_FILES)
     check_exists(path)
-    return find_file(path)
+    return find_file(path if path.exists() else fetch_from_hub(str(path), HUB_FILES))
 
 
-def is_hub_name(path: Path) -> bool:
-    """Whether a path can be owner/name on the Hub: two parts and no suffix of a file."""
-    return (
-        len(path.parts) == 2
-        and not path.is_absolute()
-        and path.parts[0] not in (".", "..", "~")
-        and path.suffix not in (*SUFFIXES, ".gguf", ".bin")
-    )
+def is_missing(path: Path) -> bool:
+    """Whether an adapter is neither here nor possibly on the Hub.
+
+    A name that ends like an adapter file means a file here.
+    """
+    names_file = path.suffix in (*SUFFIXES, ".gguf", ".bin")
+    return not path.exists() and (names_file or not is_repo_name(str(path)))
 
 
 def apply_adapter(
@@ -274,7 +271,7 @@ def check_exists(path: Path) -> None:
     Raises:
         InputError: there is no such file or folder.
     """
-    if not path.exists() and not is_hub_name(path):
+    if is_missing(path):
         raise InputError(f"there is no adapter {path}; train one with --train, or name another")
 
 

@@ -14,7 +14,7 @@ from graft.adapters.files import (
     AdapterRecord,
     LowRankFactors,
     in_order_of,
-    is_hub_name,
+    is_missing,
     load_adapter,
     low_rank_factors,
 )
@@ -77,7 +77,7 @@ def read_factors(path: Path, model: nn.Module, modules: Mapping[str, nn.Module])
             batch; all of them named.
         InputError: a file is damaged.
     """
-    if not path.exists() and not is_hub_name(path):
+    if is_missing(path):
         raise AdapterNotFound(f"there is no adapter at {path}")
     return make_factors(*load_adapter(path), model, modules, name=str(path))
 

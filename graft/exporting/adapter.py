@@ -24,7 +24,7 @@ from graft.cli.command import Parser, command
 from graft.errors import InputError
 from graft.exporting.model_card import Card, read_losses, write_card
 from graft.pretrained.base_config import BaseModel, read_base_model
-from graft.pretrained.hub import check_repository, upload_folder
+from graft.pretrained.hub import check_repository, is_repo_name, upload_folder
 from graft.pretrained.load import build_model
 from graft.storage.atomic import check_writable
 
@@ -164,7 +164,7 @@ def name_base(*names: Any) -> str | None:
 
 def on_hub(name: str) -> bool:
     """Whether a name is the Hub's, owner/name, and no place on this machine."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return is_repo_name(name) and not Path(name).exists()
 
 
 def _told(record: AdapterRecord) -> str:

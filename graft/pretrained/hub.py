@@ -1,10 +1,20 @@
-"""Fetches from the Hugging Face Hub, and hands folders to it."""
+"""The Hugging Face Hub: names of repositories, downloads and uploads."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from graft.errors import InputError, RunError
+
+# As huggingface_hub's validate_repo_id has it, which takes a while to import. Graft asks for an
+# owner, so that the name of a local folder is never looked up on the Hub.
+_REPO_NAME = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether the Hub accepts a name as that of a repository, owner/name."""
+    accepted = _REPO_NAME.fullmatch(name) is not None
+    return accepted and not ("--" in name or ".." in name or name.endswith(".git"))
 
 
 def fetch_from_hub(name: str, patterns: Sequence[str]) -> Path:
@@ -32,12 +42,12 @@ def fetch_from_hub(name: str, patterns: Sequence[str]) -> Path:
 
 
 def check_repository(name: str) -> None:
-    """Refuse early, before any work, what cannot be a repository's name.
+    """Refuse a name for an upload early, before any work.
 
     Raises:
-        InputError: it is not of the form owner/name.
+        InputError: the Hub does not accept the name.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not is_repo_name(name):
         raise InputError(f"--upload-repo {name}: give owner/name")
 
 

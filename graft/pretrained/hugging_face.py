@@ -3,13 +3,12 @@
 Knows safetensors and PyTorch files, whole or in shards. Keeps the names that stand in the files.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.pretrained.hub import fetch_from_hub
+from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import LazyTensor
 from graft.storage.torch_file import open_checkpoint
@@ -76,7 +75,7 @@ def find_folder(name: str, extras: Sequence[str] = ()) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not is_repo_name(name):
         raise InputError(
             f"there is no folder {name}; --hf-path takes one, or owner/name on the Hub"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError, first_line
-from graft.pretrained.hub import fetch_from_hub
+from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
@@ -58,7 +58,7 @@ def find_folder(name: str | Path | None) -> Path:
         return Path(name)
     if Path(name).exists():
         raise InputError(f"{name} is a file; --model takes a folder or a Hub name")
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    if not is_repo_name(str(name)):
         raise InputError(f"there is no model folder {name}")
     return fetch_from_hub(str(name), HUB_FILES)
 

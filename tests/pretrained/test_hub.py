@@ -10,9 +10,11 @@ from pathlib import Path
 import graft  # noqa: F401
 from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+from graft.pretrained.hub import is_repo_name
 
 import mlx.core as mx
 import pytest
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from support.hub_stand_in import Hub, running_hub
 from support.paths import ROOT
@@ -97,6 +99,25 @@ def test_an_exported_adapter_goes_to_the_hub_and_comes_back(
     described = json.loads(again.stdout)
     assert described["layers"][Q]["rank"] == 4 and described["layers"][Q]["alpha"] == 6.0
     assert described["format"] == ("graft" if form == "npz" else form)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        *((name, True) for name in ("me/mine", "a/b", "Qwen/Qwen2.5-0.5B", "_a/b_", "a/b.gguf")),
+        *((name, False) for name in ("a b/c", "a/na:me", "-x/y", ".x/y", "x/y.", "a/b/c", "a")),
+        *((name, False) for name in ("./a", "../a", "~/a", "/a", "a/", "", "a/b--c", "a/b.git")),
+        *((name, False) for name in ("a/b..c", "\u00e4/b", "a/" + 97 * "b", "a/b\n")),
+    ],
+)
+def test_repository_names_are_those_that_the_hub_accepts(name: str, accepted: bool) -> None:
+    assert is_repo_name(name) == accepted
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not accepted
+    else:
+        assert accepted or "/" not in name
 
 
 def test_a_fused_model_goes_to_the_hub(hub: Hub, run: Path) -> None:
