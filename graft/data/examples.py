@@ -21,7 +21,8 @@ from typing import Any
 
 from graft.data import token_cache
 from graft.data.chat_template import ChatError, ChatFormat
-from graft.data.rows import Row, parse_tools, refuse, shape
+from graft.data.conversations import parse_tools
+from graft.data.rows import Row, refuse, shape
 from graft.data.sources import Part, find_parts
 from graft.data.tokenize import Encoded, Passage, encode, identity
 from graft.errors import InputError

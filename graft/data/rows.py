@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graft.data.conversations import message_problem, parse_tools, shortened, string_problem
 from graft.errors import InputError
 
 Fields = Mapping[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
 # The first shape whose keys a row has is its shape.
 SHAPES = {
     "chats": ("messages",),
@@ -89,71 +89,24 @@ def problem(fields: Fields) -> str | None:
 def _problem_of_text(fields: Fields) -> str | None:
     if fields["text"] == "":
         return "'text' must be a string that is not empty, not ''"
-    return _problem_of_string("'text'", fields["text"], " that is not empty")
+    return string_problem("'text'", fields["text"], " that is not empty")
 
 
 def _problem_of_completion(fields: Fields) -> str | None:
-    problems = (_problem_of_string(f"'{key}'", fields[key]) for key in ("prompt", "completion"))
+    problems = (string_problem(f"'{key}'", fields[key]) for key in ("prompt", "completion"))
     return next((found for found in problems if found), None)
 
 
 def _problem_of_chat(fields: Fields) -> str | None:
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
-        return f"'messages' must be a list that is not empty, not {_short(messages)}"
-    problems = (_problem_of_message(*numbered) for numbered in enumerate(messages, 1))
+        return f"'messages' must be a list that is not empty, not {shortened(messages)}"
+    problems = (message_problem(*numbered) for numbered in enumerate(messages, 1))
     found = next((found for found in problems if found), None)
     tools = fields.get("tools")
     if found is None and tools is not None and parse_tools(tools) is None:
-        return f"'tools' must be a list of JSON objects, not {_short(tools)}"
+        return f"'tools' must be a list of JSON objects, not {shortened(tools)}"
     return found
-
-
-def _problem_of_message(number: int, message: Any) -> str | None:
-    if not isinstance(message, dict):
-        return f"message {number} must be a JSON object, not {_short(message)}"
-    role = message.get("role")
-    if role not in ROLES:
-        return f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
-    calls = message.get("tool_calls")
-    if calls is not None and not _are_calls(calls):
-        return f"'tool_calls' of message {number} must be a list of functions with a name"
-    if message.get("content") is None and calls:
-        return None
-    return _problem_of_string(f"'content' of message {number}", message.get("content"))
-
-
-def _are_calls(calls: Any) -> bool:
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        return False
-    functions = [call.get("function", call) for call in calls]
-    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions)
-
-
-def _problem_of_string(name: str, value: Any, kind: str = "") -> str | None:
-    if not isinstance(value, str):
-        return f"{name} must be a string{kind}, not {_short(value)}"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"{name} holds half of a surrogate pair, which is no character"
-    return None
-
-
-def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row, which may be JSON in a string; `None` if they are no list of objects."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            return None
-    fits = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    return tools if fits else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _CHECKS: dict[str, Callable[[Fields], str | None]] = {
