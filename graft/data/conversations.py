@@ -1,4 +1,7 @@
-"""Conversations: the roles of messages, and what is wrong with a message or a list of tools."""
+"""Conversations: the roles of messages, and what is wrong with a conversation or its tools.
+
+Rows of a dataset and requests to the server go through the same checks.
+"""
 
 import json
 from typing import Any
@@ -6,50 +9,100 @@ from typing import Any
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 
 
-def message_problem(number: int, message: Any) -> str | None:
+def conversation_problem(messages: Any, tools: Any = None) -> str | None:
+    """What is wrong with a conversation, or `None`.
+
+    Args:
+        messages: a list of objects, each with a `role` of `MESSAGE_ROLES` and `content` that is a
+            string, or with `tool_calls` in place of content.
+        tools: descriptions of functions, as `parse_tools` takes them; `None` if there are none.
+    """
+    if not isinstance(messages, list) or not messages:
+        return f"'messages' must be a list that is not empty, not {shortened(messages)}"
+    problems = (_message_problem(number, message) for number, message in enumerate(messages, 1))
+    problem = next(filter(None, problems), None)
+    if problem is None and tools is not None:
+        return tools_problem(tools)
+    return problem
+
+
+def tools_problem(tools: Any) -> str | None:
+    """What is wrong with the descriptions of tools, or `None`."""
+    if parse_tools(tools) is None:
+        return f"'tools' must be a list of JSON objects, not {shortened(tools)}"
+    return _encoding_problem("'tools'", tools)
+
+
+def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Descriptions of tools as a list of objects; `None` if they are not one.
+
+    Args:
+        tools: the list, or a string that holds it as JSON.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            return None
+    is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    return tools if is_list else None
+
+
+def string_problem(name: str, value: Any, *, may_be_empty: bool = True) -> str | None:
+    """What is wrong with a value that has to be a string, or `None`.
+
+    Args:
+        name: what the value is, for the message.
+        value: any.
+        may_be_empty: whether an empty string is allowed.
+    """
+    if not isinstance(value, str) or not (value or may_be_empty):
+        kind = "" if may_be_empty else " that is not empty"
+        return f"{name} must be a string{kind}, not {shortened(value)}"
+    if not is_text(value):
+        return f"{name} contains half of a surrogate pair, which is not a character"
+    return None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can encode; JSON can write half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, for a message, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _message_problem(number: int, message: Any) -> str | None:
     if not isinstance(message, dict):
         return f"message {number} must be a JSON object, not {shortened(message)}"
-    role = message.get("role")
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
     if role not in MESSAGE_ROLES:
-        return (
-            f"message {number} has the unknown role {role!r}; known are {', '.join(MESSAGE_ROLES)}"
-        )
-    calls = message.get("tool_calls")
+        known = ", ".join(MESSAGE_ROLES)
+        return f"message {number} has the unknown role {role!r}; known are {known}"
     if calls is not None and not _are_calls(calls):
         return f"'tool_calls' of message {number} must be a list of functions with a name"
-    if message.get("content") is None and calls:
-        return None
-    return string_problem(f"'content' of message {number}", message.get("content"))
+    if content is not None or not calls:
+        problem = string_problem(f"'content' of message {number}", content)
+        if problem is not None:
+            return problem
+    return _encoding_problem(f"message {number}", message)
+
+
+def _encoding_problem(name: str, value: Any) -> str | None:
+    return string_problem(name, json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _are_calls(calls: Any) -> bool:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         return False
     functions = [call.get("function", call) for call in calls]
-    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions)
-
-
-def string_problem(name: str, value: Any, kind: str = "") -> str | None:
-    if not isinstance(value, str):
-        return f"{name} must be a string{kind}, not {shortened(value)}"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"{name} holds half of a surrogate pair, which is no character"
-    return None
-
-
-def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row, which may be JSON in a string; `None` if they are no list of objects."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            return None
-    fits = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    return tools if fits else None
-
-
-def shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return all(
+        isinstance(function, dict) and isinstance(function.get("name"), str)
+        for function in functions
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graft.data.conversations import message_problem, parse_tools, shortened, string_problem
+from graft.data.conversations import conversation_problem, string_problem
 from graft.errors import InputError
 
 Fields = Mapping[str, Any]
@@ -87,26 +87,16 @@ def problem(fields: Fields) -> str | None:
 
 
 def _problem_of_text(fields: Fields) -> str | None:
-    if fields["text"] == "":
-        return "'text' must be a string that is not empty, not ''"
-    return string_problem("'text'", fields["text"], " that is not empty")
+    return string_problem("'text'", fields["text"], may_be_empty=False)
 
 
 def _problem_of_completion(fields: Fields) -> str | None:
     problems = (string_problem(f"'{key}'", fields[key]) for key in ("prompt", "completion"))
-    return next((found for found in problems if found), None)
+    return next(filter(None, problems), None)
 
 
 def _problem_of_chat(fields: Fields) -> str | None:
-    messages = fields["messages"]
-    if not isinstance(messages, list) or not messages:
-        return f"'messages' must be a list that is not empty, not {shortened(messages)}"
-    problems = (message_problem(*numbered) for numbered in enumerate(messages, 1))
-    found = next((found for found in problems if found), None)
-    tools = fields.get("tools")
-    if found is None and tools is not None and parse_tools(tools) is None:
-        return f"'tools' must be a list of JSON objects, not {shortened(tools)}"
-    return found
+    return conversation_problem(fields["messages"], fields.get("tools"))
 
 
 _CHECKS: dict[str, Callable[[Fields], str | None]] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from graft.data.conversations import MESSAGE_ROLES, conversation_problem, is_text, tools_problem
 from graft.server.errors import HttpError
 
 MOST_STOP_STRINGS = 16
@@ -113,7 +114,10 @@ def parse_chat(body: Any) -> GenerationRequest:
         raise HttpError(400, "top_logprobs is given: logprobs must be true", param="top_logprobs")
     shown = given.get("tool_choice") != "none"
     return GenerationRequest(
-        messages=[_flat(message) for message in given["messages"]],
+        messages=[
+            {**message, "content": message["content"] or ""}
+            for message in map(_plain, given["messages"])
+        ],
         tools=given.get("tools", []) if shown else [],
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         logprobs=given.get("top_logprobs", 0) if given.get("logprobs") else None,
@@ -160,13 +164,13 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _flat(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: content is text, and a developer is the system."""
-    content = message.get("content")
-    role = "system" if message["role"] == "developer" else message["role"]
-    if isinstance(content, list):
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates take it: content is a string, and a developer is the system."""
+    role = message.get("role")
+    content: Any = message.get("content")
+    if _are_text_parts(content):
         content = "".join(part["text"] for part in content)
-    return {**message, "role": role, "content": content if content is not None else ""}
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
 def _unknown(name: str, rules: Mapping[str, Rule]) -> str:
@@ -179,14 +183,6 @@ def _shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is a string that UTF-8 can hold; JSON can write half a surrogate pair."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _is_integer(value: Any) -> bool:
@@ -249,35 +245,21 @@ def _is_adapters(value: Any) -> bool:
     return scales or (is_text(value) and bool(value))
 
 
-def _is_content(value: Any) -> bool:
-    return is_text(value) or (
-        isinstance(value, list)
-        and all(
-            isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
-            for part in value
-        )
+def _are_text_parts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
+        for part in value
     )
 
 
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ROLES
-        and (
-            _is_content(value.get("content"))
-            or (value.get("content") is None and bool(value.get("tool_calls")))
-        )
-        and _is_objects(value.get("tool_calls") or [])
-        and _encodes(value)
-    )
+def _is_conversation(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return False
+    return conversation_problem([_plain(message) for message in value]) is None
 
 
-def _is_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
-
-
-def _encodes(value: Any) -> bool:
-    return is_text(json.dumps(value, ensure_ascii=False))
+def _is_tools(value: Any) -> bool:
+    return isinstance(value, list) and tools_problem(value) is None
 
 
 def _is_stream_options(value: Any) -> bool:
@@ -287,7 +269,6 @@ def _is_stream_options(value: Any) -> bool:
     )
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 LARGEST_SCALE = 100.0
 LORA = Rule(
     f'a list like [{{"id": 0, "scale": 0.5}}], scales from -{LARGEST_SCALE:g} to {LARGEST_SCALE:g}',
@@ -335,13 +316,13 @@ CHAT = {
     **_COMMON,
     "messages": Rule(
         "a list of at least one message, each an object with a role "
-        f"({', '.join(ROLES)}) and content that is text",
-        lambda value: isinstance(value, list) and bool(value) and all(map(_is_message, value)),
+        f"({', '.join([*MESSAGE_ROLES, 'developer'])}) and content that is text",
+        _is_conversation,
     ),
     "max_completion_tokens": _TOKENS,
     "logprobs": BOOLEAN,
     "top_logprobs": _integer(0, MOST_TOP_LOGPROBS),
-    "tools": Rule("a list of objects", lambda value: _is_objects(value) and _encodes(value)),
+    "tools": Rule("a list of objects", _is_tools),
     "tool_choice": _only('"auto" or "none": no call can be enforced', "auto", "none"),
     "response_format": _only('{"type": "text"}: no form can be enforced', {"type": "text"}),
     "modalities": _only('["text"]', ["text"]),

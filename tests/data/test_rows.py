@@ -70,6 +70,8 @@ CALL = {"function": {"name": "add", "arguments": {}}}
         (chat({"role": "user"}), "'content' of message 1 must be a string, not None"),
         (chat({"role": "user", "content": [1]}), "'content' of message 1 must be a string"),
         (chat({"role": "user", "content": "\ud83d"}), "half of a surrogate pair"),
+        (chat({**USER, "name": "\ud83d"}), "message 1 contains half of a surrogate pair"),
+        (chat(USER, tools=[{"name": "\ud83d"}]), "'tools' contains half of a surrogate pair"),
         (chat({"role": "assistant", "tool_calls": [1]}), "'tool_calls' of message 1"),
         (chat({"role": "assistant", "tool_calls": [{}]}), "'tool_calls' of message 1"),
         (chat(USER, tools="[1]"), "'tools' must be a list of JSON objects, not '[1]'"),

@@ -382,13 +382,13 @@ def test_a_folder_named_datasets_is_not_the_package(tmp_path: Path) -> None:
     # Where the package is missing, Python takes any folder of that name for it.
     (tmp_path / "datasets").mkdir()
     code = (
-        "import sys; from graft import sources\n"
+        "import sys; from graft.data import sources\n"
         f"sys.path = [{str(tmp_path)!r}]; sys.modules.pop('datasets', None)\n"
         "sources._extra('datasets')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(sources.__file__).parents[1],
+        cwd=Path(sources.__file__).parents[2],
         capture_output=True,
         text=True,
     )
