@@ -11,7 +11,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from graft.exporting.adapter import add_shared_options, open_source, publish
 from graft.exporting.fused_model import WEIGHTS, Fusion, fuse, quantized_bits
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
-from graft.quantization.bit_allocation import Refinement
+from graft.quantization.bit_allocation import BitAllocator
 from graft.quantization.choose import BITS, WHOLE
 from graft.quantization.divergence import Comparison, Sample, compare, take_sample
 from graft.storage.atomic import check_free, new_folder
@@ -132,8 +132,7 @@ def fuse_checked(
     with new_folder(out, replace=force) as folder, tempfile.TemporaryDirectory() as scratch:
         sample = take_sample(model, examples, Path(scratch))
         before, after = fuse(fusion, folder)
-        refinement = Refinement(
-            fusion,
+        allocator = BitAllocator(
             model,
             quantized_bits(fusion, model),
             sample=sample,
@@ -142,13 +141,13 @@ def fuse_checked(
             limit=limit,
             room_bytes=math.inf if max_kl is not None else (1 + MAX_GROWTH) * before - after,
         )
-        refinement.seen = compared(sample, folder, fusion)
-        for better in refinement:
+        allocator.seen = compared(sample, folder, fusion)
+        for allocation in allocator:
             (folder / WEIGHTS).unlink()
-            fusion = better
+            fusion = replace(fusion, more_bits=allocation.more_bits, prepared=allocation.prepared)
             before, after = fuse(fusion, folder)
-            refinement.seen = compared(sample, folder, fusion)
-    return Result(refinement.seen, fusion.more_bits, before, after, limit)
+            allocator.seen = compared(sample, folder, fusion)
+    return Result(allocator.seen, fusion.more_bits, before, after, limit)
 
 
 def compared(sample: Sample, folder: Path, fusion: Fusion) -> Comparison:

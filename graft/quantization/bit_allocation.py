@@ -6,7 +6,7 @@ More bits go first where they save most divergence a byte.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from graft.adapters.attach import lora_layers
 from graft.adapters.layer_kinds import LINEAR, kind_of
 from graft.data.batches import Batch
-from graft.exporting.fused_model import Fusion
 from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
 from graft.quantization.choose import BITS, WHOLE, settings_like
 from graft.quantization.divergence import Comparison, Sample, compare
@@ -29,11 +28,23 @@ from mlx.utils import tree_unflatten
 SHARE = 4
 
 
-class Refinement:
-    """Better and better fusions of one adapter, an iterator; each is better by what was seen.
+@dataclass(frozen=True)
+class BitAllocation:
+    """How single layers of a fused model are quantized, where they are not quantized plainly.
+
+    Attributes:
+        more_bits: bits of layers by path, `WHOLE` for none.
+        prepared: files with the quantized arrays of layers, by path.
+    """
+
+    more_bits: Mapping[str, int] = field(default_factory=dict)
+    prepared: Mapping[str, Path] = field(default_factory=dict)
+
+
+class BitAllocator:
+    """Better and better allocations for one adapter, an iterator; each is better by what was seen.
 
     Args:
-        fusion: the plain one.
         model: with the adapter; it is as before after each step.
         bits: of the layers that are quantized anew.
         sample: of the adapter, to measure by.
@@ -43,12 +54,11 @@ class Refinement:
         room_bytes: by how much the model may grow.
 
     Attributes:
-        seen: the comparison of the last fusion, to be set before the next is asked for.
+        seen: the comparison of the last model written, to be set before the next is asked for.
     """
 
     def __init__(
         self,
-        fusion: Fusion,
         model: nn.Module,
         bits: Mapping[str, int],
         *,
@@ -58,7 +68,6 @@ class Refinement:
         limit: float,
         room_bytes: float,
     ) -> None:
-        self.fusion = fusion
         self.model = model
         adapted = dict(lora_layers(model))
         modules = dict(model.named_modules())
@@ -71,16 +80,16 @@ class Refinement:
         self.room_bytes = room_bytes
         self.seen: Comparison | None = None
 
-    def __iter__(self) -> Iterator[Fusion]:
-        """Yield fusions until the last one seen is within the limit, or nothing more helps."""
+    def __iter__(self) -> Iterator[BitAllocation]:
+        """Yield allocations until the last one seen is within the limit, or nothing more helps."""
         if not self.bits or self._kl() <= self.limit:
             return
         prepared = self.prepare(self.bits)
-        yield replace(self.fusion, prepared=prepared)
+        yield BitAllocation(prepared=prepared)
         if self._kl() <= self.limit:
             return
         twins = ((p, self.twin(p, bits, prepared.get(p))) for p, bits in self.bits.items())
-        divergences = sensitivities(self.sample.part(SHARE), self.model, twins)
+        divergences = layer_divergences(self.sample.part(SHARE), self.model, twins)
         sizes = {path: math.prod(weight_shape(_base(self.layers[path]))) for path in self.bits}
         # What the sum predicts and what is seen differ by the way errors meet.
         budget = self.limit * min(1.0, sum(divergences.values()) / self._kl())
@@ -97,7 +106,7 @@ class Refinement:
             more = now
             prepared = {p: f for p, f in prepared.items() if more.get(p) != WHOLE}
             prepared |= self.prepare({p: bits for p, bits in changed.items() if bits != WHOLE})
-            yield replace(self.fusion, prepared=prepared, more_bits=more)
+            yield BitAllocation(more, prepared)
             if self._kl() <= self.limit:
                 return
             budget *= 0.9 * self.limit / self._kl()
@@ -141,7 +150,7 @@ def _whole(layer: Any) -> Any:
     return layer.fuse(dequantize=True) if isinstance(layer, LoRALayer) else dense_layer(layer)
 
 
-def sensitivities(
+def layer_divergences(
     sample: Sample, model: nn.Module, twins: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, float]:
     """The divergence that each layer's twin causes alone, in place of the layer.

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.exporting.fused_model import Fusion
 from graft.quantization import bit_allocation as fusion_bits
-from graft.quantization.bit_allocation import Refinement, choose_bits
+from graft.quantization.bit_allocation import BitAllocator, choose_bits
 from graft.quantization.choose import WHOLE
 from graft.quantization.divergence import Comparison, Sample
 
@@ -37,22 +36,21 @@ def test_bits_are_added_until_the_limit_holds_or_every_layer_is_whole(
     excess: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_model(tmp_path / "base", bits=4)
-    model, record, tensors = adapter_of(base, "q_proj")
+    model, record, _ = adapter_of(base, "q_proj")
     bits = dict.fromkeys(record.layers, 4)
-    monkeypatch.setattr(fusion_bits, "sensitivities", lambda *_: dict.fromkeys(bits, 0.1))
-    monkeypatch.setattr(Refinement, "prepare", lambda *_: {})
+    monkeypatch.setattr(fusion_bits, "layer_divergences", lambda *_: dict.fromkeys(bits, 0.1))
+    monkeypatch.setattr(BitAllocator, "prepare", lambda *_: {})
     settings: dict[str, Any] = {"sample": Sample([], []), "calibration": [], "scratch": tmp_path}
 
     def run(*, enough: int) -> list[dict[str, int]]:
         """What is tried where nothing helps until so many layers have more bits."""
-        plain = Fusion(str(base), tensors, record)
-        refinement = Refinement(plain, model, bits, limit=0.01, room_bytes=1e9, **settings)
-        refinement.seen = Comparison(0.01 * excess, 1, 0, 0, 1)
+        allocator = BitAllocator(model, bits, limit=0.01, room_bytes=1e9, **settings)
+        allocator.seen = Comparison(0.01 * excess, 1, 0, 0, 1)
         tried = []
-        for fusion in refinement:
-            tried.append(dict(fusion.more_bits))
-            if len(fusion.more_bits) >= enough:
-                refinement.seen = Comparison(0.009, 1, 0, 0, 1)
+        for allocation in allocator:
+            tried.append(dict(allocation.more_bits))
+            if len(allocation.more_bits) >= enough:
+                allocator.seen = Comparison(0.009, 1, 0, 0, 1)
         return tried
 
     everything = run(enough=100)
