@@ -16,7 +16,7 @@ VERBS = {
     "dataset": ("graft.cli.dataset:main", "build a dataset from the documentation of packages"),
     "export": ("graft.exporting.adapter:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
     "extract": ("graft.exporting.merge:main_extract", "find the adapter between two models"),
-    "fuse": ("graft.exporting.fuse:main", "write a model with its adapter inside"),
+    "fuse": ("graft.cli.fuse:main", "write a model with its adapter inside"),
     "inspect": ("graft.exporting.describe:main", "say what an adapter file is"),
     "lora": ("graft.lora:main", "train, evaluate and generate with an adapter"),
     "merge": ("graft.exporting.merge:main_merge", "make one adapter of several"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.files import apply_adapter, load_adapter, save_adapter
-from graft.exporting import fuse as fusing
+from graft.cli import fuse as fusing
 from graft.pretrained.load import load_model, read_model
 from graft.quantization.divergence import compare, take_sample
 
