@@ -10,7 +10,7 @@ from typing import Any
 from graft.cli.command import Parser, command
 from graft.errors import InputError
 from graft.exporting.adapter import add_shared_options, open_source, publish
-from graft.exporting.fuse import MAX_GROWTH, MAX_KL, Result, fuse_checked
+from graft.exporting.fuse import MAX_GROWTH, MAX_KL, FusionResult, fuse_checked
 from graft.exporting.fused_model import Fusion
 from graft.quantization.choose import BITS, WHOLE
 from graft.storage.atomic import check_free
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_result(result: Result, out: Path, *, named: bool) -> None:
+def print_result(result: FusionResult, out: Path, *, named: bool) -> None:
     """Print what was written and how it compares; `named` tells whether --max-kl was."""
     found = result.comparison
     growth = result.bytes_after / result.bytes_before - 1

@@ -25,7 +25,7 @@ from graft.errors import InputError
 from graft.storage.atomic import check_free, check_writable, new_folder
 
 _LEAST_CHARS = 200  # a question, a path and a sentence
-_FILES = {*(f"{split}.jsonl" for split in splits.SPLITS), "README.md"}
+_FILES = {*(f"{split}.jsonl" for split in splits.DATASET_SPLITS), "README.md"}
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,15 @@ def _divide(
     if silent:
         raise InputError(f"no docstrings in {', '.join(sorted(silent))}; leave them out")
     questions = [(row.package.name, row.name.replace("_", "").lower()) for row in rows]
-    grouped = splits.groups([row.answer for row in rows], questions)
-    if len(grouped) < len(splits.SPLITS):
+    grouped = splits.group_near_duplicates([row.answer for row in rows], questions)
+    if len(grouped) < len(splits.DATASET_SPLITS):
         raise InputError(
             f"too few rows for train, valid and test: {len(rows)}, with {len(grouped)} different "
             "answers; name more packages"
         )
-    divided = splits.assign(grouped, [row.path for row in rows], fraction=fraction, seed=seed)
+    divided = splits.assign_splits(
+        grouped, [row.path for row in rows], fraction=fraction, seed=seed
+    )
     return {split: [rows[number] for number in numbers] for split, numbers in divided.items()}
 
 

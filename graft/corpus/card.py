@@ -52,9 +52,9 @@ def dataset_card(
 def _table(packages: Sequence[Package], counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for package in packages:
         cells = [package.root, package.version, package.licence]
-        cells += [str(counts[split].get(package.root, 0)) for split in splits.SPLITS]
+        cells += [str(counts[split].get(package.root, 0)) for split in splits.DATASET_SPLITS]
         yield f"| {' | '.join(cells)} |"
-    totals = [str(sum(counts[split].values())) for split in splits.SPLITS]
+    totals = [str(sum(counts[split].values())) for split in splits.DATASET_SPLITS]
     yield f"| all | | | {' | '.join(totals)} |"
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-SPLITS = ("train", "valid", "test")
+DATASET_SPLITS = ("train", "valid", "test")
 
 # The share of words, or of runs of three words, that makes two texts nearly equal.
 NEARLY_EQUAL = 0.8
@@ -19,7 +19,7 @@ _FEWEST = 8  # shorter texts have words in common by chance; those must be equal
 _Part = tuple[str, ...] | tuple[str, int]
 
 
-def groups(texts: Sequence[str], keys: Sequence[Hashable]) -> list[list[int]]:
+def group_near_duplicates(texts: Sequence[str], keys: Sequence[Hashable]) -> list[list[int]]:
     """Group the texts that belong together: equal keys, equal words, or nearly equal texts.
 
     Case, punctuation and spacing do not count. Two texts are nearly equal where they have 80 % of
@@ -36,7 +36,7 @@ def groups(texts: Sequence[str], keys: Sequence[Hashable]) -> list[list[int]]:
     return _connected(len(texts), links)
 
 
-def assign(
+def assign_splits(
     grouped: Sequence[Sequence[int]], names: Sequence[str], *, fraction: float, seed: int
 ) -> dict[str, list[int]]:
     """Give each group to one split: `fraction` of the rows each to valid and test.
@@ -64,11 +64,11 @@ def assign(
         return len(group) > max(1, room // 10), rank(min(group, key=names.__getitem__))
 
     room = max(1, round(fraction * len(names)))
-    split: dict[str, list[Sequence[int]]] = {name: [] for name in SPLITS}
+    split: dict[str, list[Sequence[int]]] = {name: [] for name in DATASET_SPLITS}
     for group in sorted(grouped, key=order):
         fits = (name for name in ("test", "valid") if _rows(split[name]) + len(group) <= room)
         split[next(fits, "train")].append(group)
-    for name in SPLITS:
+    for name in DATASET_SPLITS:
         if not split[name]:
             giver = max(split.values(), key=len)
             giver.remove(smallest := min(giver, key=len))

@@ -19,7 +19,7 @@ from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
 from graft.data.sources import check_place
 from graft.errors import RunError
-from graft.exporting.fused_model import WEIGHTS, Fusion, fuse, quantized_bits
+from graft.exporting.fused_model import WEIGHTS, Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
 from graft.quantization.bit_allocation import BitAllocator
@@ -32,7 +32,7 @@ SAMPLE_ROWS, SAMPLE_TOKENS = 16, 256
 
 
 @dataclass(frozen=True)
-class Result:
+class FusionResult:
     """What a fusion gave.
 
     Attributes:
@@ -57,7 +57,7 @@ def fuse_checked(
     max_kl: float | None = None,
     check_data: str | None = None,
     force: bool = False,
-) -> Result:
+) -> FusionResult:
     """Fuse, compare, and give layers more care or bits until the divergence is small enough.
 
     Args:
@@ -80,7 +80,7 @@ def fuse_checked(
     limit = MAX_KL if max_kl is None else max_kl
     with new_folder(out, replace=force) as folder, tempfile.TemporaryDirectory() as scratch:
         sample = take_sample(model, examples, Path(scratch))
-        before, after = fuse(fusion, folder)
+        before, after = write_fused_model(fusion, folder)
         allocator = BitAllocator(
             model,
             quantized_bits(fusion, model),
@@ -94,9 +94,9 @@ def fuse_checked(
         for allocation in allocator:
             (folder / WEIGHTS).unlink()
             fusion = replace(fusion, more_bits=allocation.more_bits, prepared=allocation.prepared)
-            before, after = fuse(fusion, folder)
+            before, after = write_fused_model(fusion, folder)
             allocator.seen = compared(sample, folder, fusion)
-    return Result(allocator.seen, fusion.more_bits, before, after, limit)
+    return FusionResult(allocator.seen, fusion.more_bits, before, after, limit)
 
 
 def compared(sample: Sample, folder: Path, fusion: Fusion) -> Comparison:

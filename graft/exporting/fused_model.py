@@ -23,7 +23,7 @@ from graft.models import dense_layer, is_quantized, with_arrays
 from graft.pretrained.base_config import BaseModel
 from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
 from graft.pretrained.load import EMBEDDED_MODEL, find_folder
-from graft.quantization.choose import WHOLE, can_quantize, settings_like
+from graft.quantization.choose import WHOLE, Quantization, can_quantize, settings_like
 from graft.storage.lazy_tensors import read, size_bytes
 from graft.storage.weight_files import Output, read_safetensors, write_safetensors
 
@@ -31,7 +31,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 WEIGHTS = "model.safetensors"
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Fusion:
     name: str = "the adapter"
 
 
-def fuse(fusion: Fusion, folder: Path) -> tuple[int, int]:
+def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
     """Write the fused model into an existing folder.
 
     Returns:
@@ -77,21 +76,21 @@ def fuse(fusion: Fusion, folder: Path) -> tuple[int, int]:
         before = sum(size_bytes(t) for t in base.tensors.values())
         limit = mx.set_cache_limit(0)  # MLX would keep freed buffers of every size that occurs
         stack.callback(mx.set_cache_limit, limit)
-        config, outputs = plan(fusion, base)
+        config, outputs = _plan(fusion, base)
         write_safetensors(folder / WEIGHTS, outputs)
         copy_companions(place, folder)
         _save_config(config, folder)
     return before, sum(output.size_bytes for output in outputs)
 
 
-def plan(fusion: Fusion, base: BaseFiles) -> tuple[Settings, list[Output]]:
+def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]]:
     """The configuration of the fused model, and its tensors, made when they are written."""
     facts = BaseModel(fusion.model, base.config)
     halves = fusion.dequantize and facts.rotary == INTERLEAVED
     config = dict(base.config)
     layers = dict(base.model.named_modules())
     adapted = dict(lora_layers(base.model))
-    quantized: dict[str, Settings] = {}
+    quantized: dict[str, Quantization] = {}
     outputs: list[Output] = []
     for path in _modules_in_order(base):
         layer = adapted.get(path)
@@ -111,8 +110,8 @@ def plan(fusion: Fusion, base: BaseFiles) -> tuple[Settings, list[Output]]:
 
 
 def _quantization(
-    quantized: Mapping[str, Settings], layers: Mapping[str, Any], adapted: Mapping[str, Any]
-) -> Settings:
+    quantized: Mapping[str, Quantization], layers: Mapping[str, Any], adapted: Mapping[str, Any]
+) -> Quantization:
     """mlx-lm's record: the most frequent settings, and by path what differs."""
     counts = Counter(tuple(settings.items()) for settings in quantized.values())
     common = dict(counts.most_common(1)[0][0])
@@ -125,7 +124,7 @@ def _quantization(
     return common | differing
 
 
-def _target(fusion: Fusion, path: str, module: nn.Module) -> Settings | None:
+def _target(fusion: Fusion, path: str, module: nn.Module) -> Quantization | None:
     """How a layer is quantized in the fused model; `None` for whole."""
     if fusion.dequantize:
         return None
@@ -160,7 +159,7 @@ class _Layer:
     path: str
     module: nn.Module
     adapted: Any
-    target: Settings | None
+    target: Quantization | None
     heads: int | None
     prepared: Path | None
 
@@ -211,7 +210,7 @@ class _Layer:
         return found
 
 
-def _stays(module: nn.Module, target: Settings | None) -> bool:
+def _stays(module: nn.Module, target: Quantization | None) -> bool:
     """Whether a layer that is not adapted stays quantized as it is."""
     return is_quantized(module) and target == settings_like(module, None)
 
@@ -242,7 +241,7 @@ def _refuse_input_embeddings(base: BaseFiles) -> None:
         )
 
 
-def _save_config(config: Settings, folder: Path) -> None:
+def _save_config(config: Mapping[str, Any], folder: Path) -> None:
     from mlx_lm.utils import save_config
 
     save_config(dict(config), folder / "config.json")

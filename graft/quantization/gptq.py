@@ -93,7 +93,7 @@ def quantize_for(
         codes[:, start:stop], errors = _round_group(group, own, *steps, largest=2**bits - 1)
         left[:, stop:] -= errors @ upper[start:stop, stop:]
     return {
-        "weight": pack(codes, bits),
+        "weight": pack_codes(codes, bits),
         "scales": mx.concatenate(scales, axis=1),
         "biases": mx.concatenate(biases, axis=1),
     }
@@ -126,7 +126,7 @@ def _upper_of_inverse(gram: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
-def pack(codes: NDArray[np.uint8], bits: int) -> mx.array:
+def pack_codes(codes: NDArray[np.uint8], bits: int) -> mx.array:
     """Codes (rows, columns) as MLX packs them: a stream of bits a row, the lowest first."""
     rows, columns = codes.shape
     stream = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1

@@ -4,13 +4,13 @@ import itertools
 import random
 from collections import Counter
 
-from graft.corpus.near_duplicates import NEARLY_EQUAL, assign, groups
+from graft.corpus.near_duplicates import NEARLY_EQUAL, assign_splits, group_near_duplicates
 
 import pytest
 
 
 def grouped(*texts: str) -> list[list[int]]:
-    return groups(texts, range(len(texts)))
+    return group_near_duplicates(texts, range(len(texts)))
 
 
 def test_equal_words_are_one_group_whatever_their_case_and_punctuation() -> None:
@@ -18,7 +18,7 @@ def test_equal_words_are_one_group_whatever_their_case_and_punctuation() -> None
 
 
 def test_equal_keys_are_one_group() -> None:
-    assert groups(["a", "b", "c"], ["relu", "tanh", "relu"]) == [[0, 2], [1]]
+    assert group_near_duplicates(["a", "b", "c"], ["relu", "tanh", "relu"]) == [[0, 2], [1]]
 
 
 def test_a_text_within_another_is_one_group_with_it() -> None:
@@ -102,7 +102,7 @@ GROUPS = [[number] for number in range(60)] + [[n, n + 1] for n in range(60, 100
 
 
 def test_valid_and_test_get_their_share_and_train_the_rest() -> None:
-    divided = assign(GROUPS, NAMES, fraction=0.1, seed=42)
+    divided = assign_splits(GROUPS, NAMES, fraction=0.1, seed=42)
     assert {name: len(rows) for name, rows in divided.items()} == {
         "train": 80,
         "valid": 10,
@@ -113,21 +113,21 @@ def test_valid_and_test_get_their_share_and_train_the_rest() -> None:
 
 def test_a_group_is_never_divided() -> None:
     for seed in range(20):
-        divided = assign(GROUPS, NAMES, fraction=0.1, seed=seed)
+        divided = assign_splits(GROUPS, NAMES, fraction=0.1, seed=seed)
         of_row = {row: name for name, rows in divided.items() for row in rows}
         assert all(len({of_row[row] for row in group}) == 1 for group in GROUPS)
 
 
 def test_the_division_depends_on_names_and_seed_alone() -> None:
-    divided = assign(GROUPS, NAMES, fraction=0.1, seed=42)
-    again = assign([group[::-1] for group in GROUPS[::-1]], NAMES, fraction=0.1, seed=42)
+    divided = assign_splits(GROUPS, NAMES, fraction=0.1, seed=42)
+    again = assign_splits([group[::-1] for group in GROUPS[::-1]], NAMES, fraction=0.1, seed=42)
     assert again == divided
-    assert assign(GROUPS, NAMES, fraction=0.1, seed=43) != divided
+    assert assign_splits(GROUPS, NAMES, fraction=0.1, seed=43) != divided
 
 
 def test_a_large_group_goes_to_train() -> None:
     for seed in range(20):
-        divided = assign(
+        divided = assign_splits(
             [list(range(90)), *([n] for n in range(90, 100))], NAMES, fraction=0.05, seed=seed
         )
         assert set(range(90)) <= set(divided["train"])
@@ -138,10 +138,10 @@ def test_a_group_that_would_be_much_of_a_split_goes_to_train_while_others_can_fi
     small, large = [[number] for number in range(92)], [list(range(92, 100))]
     for seed in range(20):
         assert set(range(92, 100)) <= set(
-            assign(small + large, NAMES, fraction=0.1, seed=seed)["train"]
+            assign_splits(small + large, NAMES, fraction=0.1, seed=seed)["train"]
         )
     pairs = [[number, number + 1] for number in range(0, 100, 2)]
-    divided = assign(pairs, NAMES, fraction=0.1, seed=42)
+    divided = assign_splits(pairs, NAMES, fraction=0.1, seed=42)
     assert (len(divided["valid"]), len(divided["test"])) == (10, 10)
 
 
@@ -150,6 +150,6 @@ def test_a_group_that_would_be_much_of_a_split_goes_to_train_while_others_can_fi
 def test_no_split_is_empty(sizes: list[int], fraction: float) -> None:
     numbers = iter(range(100))
     few = [[next(numbers) for _ in range(size)] for size in sizes]
-    divided = assign(few, NAMES[: sum(sizes)], fraction=fraction, seed=42)
+    divided = assign_splits(few, NAMES[: sum(sizes)], fraction=fraction, seed=42)
     assert all(divided.values())
     assert sorted(row for rows in divided.values() for row in rows) == list(range(sum(sizes)))

@@ -9,7 +9,7 @@ from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.files import AdapterRecord, adapter_tensors, layer_settings
 from graft.adapters.layer_kinds import FusedParts
 from graft.errors import InputError
-from graft.exporting.fused_model import Fusion, fuse, quantized_bits
+from graft.exporting.fused_model import Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import read_model
 from graft.quantization.choose import WHOLE
 
@@ -28,7 +28,7 @@ META = {**LLAMA, "rope_traditional": True}
 
 def fused(base: Path, out: Path, tensors: Any, record: AdapterRecord, **form: Any) -> nn.Module:
     out.mkdir()
-    fuse(Fusion(str(base), tensors, record, **form), out)
+    write_fused_model(Fusion(str(base), tensors, record, **form), out)
     return read_model(out)[0]
 
 
@@ -166,7 +166,7 @@ def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    fuse(Fusion(str(base), tensors, record), tmp_path / "out")
+    write_fused_model(Fusion(str(base), tensors, record), tmp_path / "out")
     peak = mx.get_peak_memory() - before
     # The weight, its update, their sum, and what is left over of the layer before.
     assert peak < 5 * largest < whole / 9

@@ -11,7 +11,7 @@ from graft.adapters.formats import Adapter
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.exporting import merge as merging
-from graft.exporting.fused_model import Fusion, fuse
+from graft.exporting.fused_model import Fusion, write_fused_model
 from graft.exporting.merge import decompose, differences, extract, merge, shrink, ties, trim
 from graft.pretrained.load import read_model
 
@@ -269,7 +269,9 @@ def test_extract_finds_the_adapter_that_was_fused(
     adapter = make_adapter(1, config=config, targets="all-linear,embed_tokens")
     (tmp_path / "tuned").mkdir()
     record = AdapterRecord(adapter.layers)
-    fuse(Fusion(str(base), adapter.tensors, record, dequantize=True), tmp_path / "tuned")
+    write_fused_model(
+        Fusion(str(base), adapter.tensors, record, dequantize=True), tmp_path / "tuned"
+    )
     found, losses, notes = extract(str(base), str(tmp_path / "tuned"), rank=4)
     assert found.layers.keys() == adapter.layers.keys() and notes == []
     assert max(losses.values()) < 1e-4

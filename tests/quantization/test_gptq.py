@@ -5,7 +5,7 @@ from typing import Any
 import graft  # noqa: F401
 from graft.data.batches import Batch
 from graft.quantization import gptq as rounding
-from graft.quantization.gptq import grams, pack, quantize_for
+from graft.quantization.gptq import grams, pack_codes, quantize_for
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,7 @@ def test_codes_are_packed_as_mlx_packs_them(bits: int) -> None:
     whole = mx.dequantize(packed, scales, biases, group_size=64, bits=bits)
     spread = [np.repeat(np.array(array), 64, axis=1) for array in (scales, biases)]
     codes = np.round((np.array(whole) - spread[1]) / spread[0]).astype(np.uint8)
-    assert mx.array_equal(pack(codes, bits), packed)
+    assert mx.array_equal(pack_codes(codes, bits), packed)
 
 
 def correlated(rows: int, inputs: int) -> np.ndarray:
