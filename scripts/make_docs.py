@@ -34,7 +34,7 @@ GROUPS = {
 }
 
 # The defaults of lora.py in https://github.com/ml-explore/mlx-examples/tree/main/lora
-MLX_EXAMPLE = {
+MLX_EXAMPLE: dict[str, object] = {
     "model": "mlx_model",
     "num_tokens": 100,
     "temp": 0.8,
@@ -189,7 +189,8 @@ def table_beside_the_example() -> Iterator[str]:
         _, ours = _help_and_default(fields[name])
         # Its 16 layers are ours, too, where a model has as many.
         if ours.strip("`") != str(theirs) and not ours.startswith(f"{theirs}, or all"):
-            yield f"| `{flag(name)}` | {ours} | {f'`{theirs:g}`' if isinstance(theirs, float) else theirs} |"
+            theirs = f"`{theirs:g}`" if isinstance(theirs, float) else theirs
+            yield f"| `{flag(name)}` | {ours} | {theirs} |"
 
 
 def _cell(text: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
-from graft.adapters.attach import LayerSetting, attach, largest_rank
+from graft.adapters.attach import LayerConfig, attach, largest_rank
 from graft.adapters.files import save_adapter
 from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
@@ -75,7 +75,7 @@ def make_adapted(config: dict[str, Any], *, upper_half: bool = False, suited: bo
     return model
 
 
-def adapt(model: nn.Module, settings: dict[str, LayerSetting], *, upper_half: bool = False) -> None:
+def adapt(model: nn.Module, settings: dict[str, LayerConfig], *, upper_half: bool = False) -> None:
     """Attach an adapter whose update is not zero."""
     if upper_half:
         blocks = block_paths(model)
@@ -91,18 +91,18 @@ def _moved(path: str, array: mx.array) -> mx.array:
     return array + 0.05 * mx.random.normal(array.shape, key=key).astype(array.dtype)
 
 
-def wide_enough(model: nn.Module) -> dict[str, LayerSetting]:
+def wide_enough(model: nn.Module) -> dict[str, LayerConfig]:
     """The default targets, all but those that are narrower than the rank."""
     settings = plan(model, rank=1, num_layers=-1)
     narrow = narrow_layers(model, settings)
     return {
-        path: LayerSetting(RANK, 16.0, parts=each.parts)
+        path: LayerConfig(RANK, 16.0, parts=each.parts)
         for path, each in settings.items()
         if path not in narrow
     }
 
 
-def narrow_layers(model: nn.Module, settings: dict[str, LayerSetting]) -> set[str]:
+def narrow_layers(model: nn.Module, settings: dict[str, LayerConfig]) -> set[str]:
     """Paths of the layers that cannot have an adapter of this rank."""
     modules = dict(model.named_modules())
     return {path for path, each in settings.items() if largest_rank(modules[path], each) < RANK}
@@ -219,7 +219,7 @@ def serving(config: dict[str, Any]) -> str:
         return _served(config, linear) + ", without experts"
 
 
-def _served(config: dict[str, Any], settings: dict[str, LayerSetting]) -> str:
+def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
     trained = make_model(config)
     adapt(trained, settings)
     with tempfile.TemporaryDirectory() as folder:
