@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.adapters.layer_kinds import LayerKind
-from graft.models import dense_weight, fused, merge, scale_of, unmerge
+from graft.models import LoRALayer, dense_weight
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +37,7 @@ class MethodFormula:
     as_linear: Callable[["AdaptedLayer", mx.array], mx.array] | None = None
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(LoRALayer):
     """A frozen layer with something trained beside it.
 
     What is trained is float32 whatever the base is made of, and so set at the start that the layer
@@ -51,6 +51,7 @@ class AdaptedLayer(nn.Module):
         method: the name that records have.
         formula: what the method does.
         alpha: numerator of the scale.
+        rank_stabilized: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         dropout: probability of zeroing an input of A while training; without effect where A has
             none: ids, vectors, merge-first, (IA)3.
         key: randomness; MLX's global state by default.
@@ -65,40 +66,20 @@ class AdaptedLayer(nn.Module):
         method: str,
         formula: MethodFormula,
         alpha: float = 16.0,
+        rank_stabilized: bool = False,
         dropout: float = 0.0,
         key: mx.array | None = None,
     ) -> None:
-        super().__init__()
-        self.rank = rank
-        self.alpha = alpha
+        super().__init__(base, rank, alpha=alpha, method=method, rank_stabilized=rank_stabilized)
         self.kind = kind.name
-        self.method = method
         self.form = kind
         self.formula = formula
-        self.linear = base
-        self.linear.freeze()
-        self.merged: nn.Module | None = None
         self.dropout = nn.Dropout(p=dropout)
         for name, array in formula.parameters(self, key).items():
             self[name] = array
 
     def _extra_repr(self) -> str:
         return f"kind={self.kind}, method={self.method}, rank={self.rank}, alpha={self.alpha:g}"
-
-    @property
-    def scale(self) -> float:
-        """The factor on the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        return scale_of(self.method, self.rank, self.alpha)
-
-    @property
-    def base(self) -> nn.Module:
-        """The frozen layer."""
-        return self.linear
-
-    @property
-    def weight(self) -> mx.array:
-        """The adapted weight, for modules that read it instead of calling the layer."""
-        return (self.merged or self.fuse(dequantize=True)).weight
 
     def __call__(self, x: mx.array, *others: Any, **settings: Any) -> Any:
         """What the base gives for the same inputs, adapted."""
@@ -119,32 +100,9 @@ class AdaptedLayer(nn.Module):
         """The input of A, with dropout unless it is made of ids."""
         return self.dropout(x) if mx.issubdtype(x.dtype, mx.floating) else x
 
-    def delta(self) -> mx.array:
-        """The change of the base's weight, or of the bias where that alone is trained, float32."""
-        return next(iter(self.deltas().values()))
-
     def deltas(self) -> dict[str, mx.array]:
         """The changes of the base's parameters, by name, float32."""
         return self.formula.deltas(self)
-
-    def fuse(self, *, dequantize: bool = False) -> nn.Module:
-        """A layer like the base with the changes in it.
-
-        A quantized base is quantized again, which rounds the sum, unless `dequantize` asks for the
-        whole weight.
-        """
-        return fused(self.linear, self.deltas(), dequantize=dequantize)
-
-    def merge(self) -> int:
-        """Run the folded layer from here on; returns the bytes that are held for it.
-
-        Over a quantized base that is a whole weight beside the packed one.
-        """
-        return merge(self)
-
-    def unmerge(self) -> None:
-        """Run base and update apart again, the base bit for bit as ever."""
-        unmerge(self)
 
     def tensors(self) -> dict[str, mx.array]:
         """What is trained, by name; A and B with their start beside them where there is one.
@@ -162,10 +120,10 @@ class AdaptedLayer(nn.Module):
 
     def load(self, tensors: Mapping[str, mx.array]) -> None:
         """Take what `tensors` gave; a merged layer runs base and update apart again."""
-        self.unmerge()
         if "_start_a" not in self:
-            self.update(dict(tensors))
+            super().load(tensors)
             return
+        self.unmerge()
         self.lora_a, self._start_a = mx.split(tensors["lora_a"], 2, axis=-1)
         self.lora_b, negative = mx.split(tensors["lora_b"], 2, axis=0)
         self._start_b = -negative

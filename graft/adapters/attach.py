@@ -21,7 +21,7 @@ from graft.adapters.layer_kinds import (
 )
 from graft.adapters.methods import MERGE_FIRST, METHODS, loftq_start, make_layer
 from graft.errors import InputError
-from graft.models import LoRALayer, is_quantized, linear_dims
+from graft.models import LoRALayer, is_quantized, linear_dims, scale_of
 from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
@@ -48,6 +48,12 @@ class LayerConfig:
     method: str = "lora"
     kind: str | None = None
     parts: FusedParts | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor on the update."""
+        rank_stabilized = METHODS[self.method].rank_stabilized
+        return scale_of(self.rank, self.alpha, rank_stabilized=rank_stabilized)
 
 
 def attach(
@@ -118,7 +124,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 
 def merge_all(model: nn.Module) -> int:
-    """Fold every adapter in for inference; returns the bytes held for it, see `models.merge`."""
+    """Fold every adapter in for inference; returns the bytes held for it, see `LoRALayer.merge`."""
     return sum(layer.merge() for _, layer in lora_layers(model))
 
 

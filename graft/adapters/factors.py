@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from graft.adapters.attach import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
-from graft.adapters.methods import LOW_RANK_METHODS
+from graft.adapters.methods import LOW_RANK_METHODS, METHODS
 from graft.errors import InputError
-from graft.models import RANK_STABILIZED, scale_of
 
 import mlx.core as mx
 
@@ -161,11 +160,11 @@ def _product(
     if setting.parts is not None:
         b = _spread_over_parts(b, setting.parts)
         kind = "linear"
-    product = Product(kind, a, b, setting.alpha, setting.method in RANK_STABILIZED, magnitude)
+    product = Product(kind, a, b, setting.alpha, METHODS[setting.method].rank_stabilized, magnitude)
     if product.rank == setting.rank:
         return product
     # Twice the rank where a start stands beside A and B; several where parts have their own.
-    scale = scale_of(setting.method, setting.rank, setting.alpha)
+    scale = setting.scale
     return replace(product, alpha=alpha_for(scale, product.rank), rank_stabilized=False)
 
 

@@ -25,7 +25,6 @@ from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import LOW_RANK_METHODS, METHODS, stored_rank
 from graft.adapters.rotary import reordered
 from graft.errors import InputError
-from graft.models import scale_of
 from graft.pretrained.base_config import BaseModel
 from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.atomic import new_file
@@ -106,7 +105,7 @@ def low_rank_factors(
             guess_kind(path, setting, tensors[f"{path}.lora_a"]),
             tensors[f"{path}.lora_a"],
             tensors[f"{path}.lora_b"],
-            scale_of(setting.method, setting.rank, setting.alpha),
+            setting.scale,
             setting.parts,
         )
         for path, setting in record.layers.items()
@@ -341,14 +340,14 @@ def _for_mlx_lm(record: AdapterRecord) -> dict[str, Any]:
     """
     layers = record.layers.values()
     methods = {setting.method for setting in layers}
-    if len({scale_of(s.method, s.rank, s.alpha) for s in layers}) > 1:
+    if len({s.scale for s in layers}) > 1:
         return {}
     return {
         "fine_tune_type": "dora" if methods == {"dora"} else "lora",
         "num_layers": 0,
         "lora_parameters": {
             "rank": max((stored_rank(s.method, s.rank) for s in layers), default=0),
-            "scale": max((scale_of(s.method, s.rank, s.alpha) for s in layers), default=0.0),
+            "scale": max((s.scale for s in layers), default=0.0),
             "dropout": record.dropout,
             "keys": list(record.layers),
         },

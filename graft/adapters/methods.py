@@ -394,6 +394,7 @@ class Method:
         targets: what `--targets` is without being given.
         ranked: whether it has a rank; without, rank and alpha are 1.
         divides: whether its start is divided by the scale, which then must be positive.
+        rank_stabilized: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
     """
 
     formula: MethodFormula
@@ -402,6 +403,7 @@ class Method:
     targets: str = "all-linear"
     ranked: bool = True
     divides: bool = False
+    rank_stabilized: bool = False
 
 
 WHOLE_KINDS = ("linear", "embedding", "conv", "experts", "weight", "vector")
@@ -412,7 +414,9 @@ MERGE_FIRST = "merge-first"
 
 METHODS: dict[str, Method] = {
     "lora": Method(LOW_RANK, LOW_RANK_KINDS, "low-rank update, scaled by alpha / rank"),
-    "rslora": Method(LOW_RANK, LOW_RANK_KINDS, "LoRA scaled by alpha / sqrt(rank)"),
+    "rslora": Method(
+        LOW_RANK, LOW_RANK_KINDS, "LoRA scaled by alpha / sqrt(rank)", rank_stabilized=True
+    ),
     MERGE_FIRST: Method(LOW_RANK, ("weight",), "LoRA on the weight before the layer runs"),
     "dora": Method(
         DORA,
@@ -453,17 +457,14 @@ def make_layer(
     key: mx.array | None = None,
 ) -> nn.Module:
     """The layer that a method makes of a base; arguments as for `AdaptedLayer`."""
+    settings: dict[str, Any] = {
+        "method": method,
+        "alpha": alpha,
+        "rank_stabilized": METHODS[method].rank_stabilized,
+        "dropout": dropout,
+        "key": key,
+    }
     if kind is LINEAR and METHODS[method].formula is LOW_RANK:
-        layer = lora_linear_type()
-        return layer(base, rank, alpha=alpha, method=method, dropout=dropout, key=key)
+        return lora_linear_type()(base, rank, **settings)
     formula = WHOLE if kind is VECTOR else METHODS[method].formula
-    return AdaptedLayer(
-        base,
-        rank,
-        kind=kind,
-        method=method,
-        formula=formula,
-        alpha=alpha,
-        dropout=dropout,
-        key=key,
-    )
+    return AdaptedLayer(base, rank, kind=kind, formula=formula, **settings)

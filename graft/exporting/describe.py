@@ -15,7 +15,6 @@ from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
 from graft.adapters.methods import LOW_RANK_METHODS
 from graft.cli.command import Parser, command
-from graft.models import scale_of
 from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
@@ -76,7 +75,7 @@ def _describe_layer(
         "kind": guess_kind(path, setting, own.get("lora_a")),
         "rank": setting.rank,
         "alpha": setting.alpha,
-        "scale": scale_of(setting.method, setting.rank, setting.alpha),
+        "scale": setting.scale,
         "parameters": sum(array.size for array in own.values()),
         "delta_norm": delta_norm(path, setting, own),
     }
@@ -88,7 +87,7 @@ def delta_norm(path: str, setting: LayerConfig, own: dict[str, mx.array]) -> flo
     |A B|^2 is the sum of (A^T A) * (B B^T), so that the product itself is never made.
     """
     if any(name.startswith("delta_") for name in own):
-        return scale_of(setting.method, setting.rank, setting.alpha) * _norm(*own.values())
+        return setting.scale * _norm(*own.values())
     if setting.method not in LOW_RANK_METHODS or setting.kind == "weight":
         return None
     tensors = {f"{path}.{name}": array for name, array in own.items()}

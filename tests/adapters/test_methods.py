@@ -43,8 +43,8 @@ def norm(array: mx.array) -> float:
 
 
 def test_the_scale_is_alpha_over_rank_and_over_its_root_for_rslora() -> None:
-    assert scale_of("lora", 16, 32.0) == 2.0
-    assert scale_of("rslora", 16, 32.0) == 8.0
+    assert scale_of(16, 32.0) == 2.0
+    assert scale_of(16, 32.0, rank_stabilized=True) == 8.0
     assert adapt(linear(), "rslora", rank=4, alpha=6.0).scale == 3.0
     assert adapt(linear(), "dora", rank=4, alpha=6.0).scale == 1.5
 
