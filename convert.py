@@ -38,8 +38,9 @@ from graft.quantization.choose import (
     quantize,
 )
 from graft.storage.atomic import check_free, new_folder
-from graft.storage.lazy_tensors import LazyTensor, blocks, check_fit, size_bytes
-from graft.storage.weight_files import Output, write_npz, write_safetensors
+from graft.storage.lazy_tensors import LazyTensor, Output, blocks, check_fit, size_bytes
+from graft.storage.npz import write_npz
+from graft.storage.safetensors import write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn

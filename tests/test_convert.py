@@ -10,7 +10,7 @@ from typing import Any
 
 import convert
 from graft.errors import InputError
-from graft.storage.weight_files import open_safetensors
+from graft.storage.safetensors import open_safetensors
 
 import mlx.core as mx
 import numpy as np

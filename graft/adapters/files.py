@@ -29,8 +29,9 @@ from graft.pretrained.base_config import BaseModel
 from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.atomic import new_file
 from graft.storage.json_file import read_json
+from graft.storage.lazy_tensors import Output
+from graft.storage.npz import write_npz
 from graft.storage.tensor_file import read_tensor_file
-from graft.storage.weight_files import Output, write_npz
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -24,8 +24,8 @@ from graft.pretrained.base_config import BaseModel
 from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
 from graft.pretrained.load import EMBEDDED_MODEL, find_folder
 from graft.quantization.choose import WHOLE, Quantization, can_quantize, settings_like
-from graft.storage.lazy_tensors import read, size_bytes
-from graft.storage.weight_files import Output, read_safetensors, write_safetensors
+from graft.storage.lazy_tensors import Output, read, size_bytes
+from graft.storage.safetensors import load_safetensors, write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -173,7 +173,7 @@ class _Layer:
                 made = self._made(self._read(names))
                 if self.prepared is not None:
                     # A model in memory may have another precision than its files.
-                    prepared = read_safetensors(self.prepared)
+                    prepared = load_safetensors(self.prepared)
                     made |= {n: a.astype(made[n].dtype) for n, a in prepared.items()}
                 mx.eval(list(made.values()))
                 kept.update(made)

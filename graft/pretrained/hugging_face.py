@@ -11,8 +11,8 @@ from graft.errors import InputError
 from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import LazyTensor
+from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_checkpoint
-from graft.storage.weight_files import open_safetensors
 
 Config = dict[str, Any]
 Tensors = dict[str, LazyTensor]

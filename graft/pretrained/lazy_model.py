@@ -23,7 +23,7 @@ from graft.pretrained.mlx_names import (
 )
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
-from graft.storage.weight_files import open_npz
+from graft.storage.npz import open_npz
 
 import mlx.nn as nn
 

@@ -17,8 +17,8 @@ from graft.errors import InputError
 from graft.pretrained.module_paths import natural_key
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
+from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_checkpoint
-from graft.storage.weight_files import open_safetensors
 
 import mlx.core as mx
 

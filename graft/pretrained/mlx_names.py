@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from graft.errors import InputError
 from graft.pretrained.module_paths import collapsed
-from graft.storage.lazy_tensors import ComputedTensor, LazyTensor, StoredTensor, blocks
-from graft.storage.weight_files import Output, write_safetensors
+from graft.storage.lazy_tensors import ComputedTensor, LazyTensor, Output, StoredTensor, blocks
+from graft.storage.safetensors import write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -18,7 +18,7 @@ from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
 from graft.quantization.choose import BITS, WHOLE, settings_like
 from graft.quantization.divergence import Comparison, Sample, compare
 from graft.quantization.gptq import grams, quantize_for
-from graft.storage.weight_files import read_safetensors
+from graft.storage.safetensors import load_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -137,7 +137,7 @@ class BitAllocator:
         """A layer fused and quantized, from its file if there is one."""
         layer = self.layers[path]
         twin: nn.Module = _whole(layer).to_quantized(**settings_like(_base(layer), bits))
-        return twin if file is None else with_arrays(twin, read_safetensors(file))
+        return twin if file is None else with_arrays(twin, load_safetensors(file))
 
 
 def _base(layer: Any) -> nn.Module:

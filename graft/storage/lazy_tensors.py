@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from graft.errors import InputError
 
@@ -19,7 +19,7 @@ import numpy as np
 BLOCK_BYTES = 1 << 23
 
 # numpy has no bfloat16: its 16-bit words are read as they are and viewed as bfloat16 by MLX.
-_NUMPY_NAMES = {
+NUMPY_NAMES = {
     mx.bool_: "?",
     mx.uint8: "u1",
     mx.int8: "i1",
@@ -88,7 +88,7 @@ class StoredTensor:
         span = 1 + sum(
             (size - 1) * stride for size, stride in zip(shape, self.strides, strict=True)
         )
-        numpy_dtype = np.dtype(_NUMPY_NAMES[self.dtype])
+        numpy_dtype = np.dtype(NUMPY_NAMES[self.dtype])
         mapped = np.memmap(self.path, numpy_dtype, mode="r", offset=offset, shape=(span,))
         strides = [stride * numpy_dtype.itemsize for stride in self.strides]
         array = mx.array(
@@ -178,6 +178,26 @@ class ComputedTensor:
     def rows(self, start: int, stop: int) -> mx.array:
         """Elements start to stop of the first dimension."""
         return self.array[start:stop] if self.shape else self.array
+
+
+class Output(NamedTuple):
+    """A tensor to write: what it is, and its rows in order, made only when they are written."""
+
+    name: str
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    blocks: Iterator[mx.array]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the elements take."""
+        return math.prod(self.shape) * self.dtype.size
+
+    def raw(self, block: mx.array) -> memoryview:
+        """The bytes of a block."""
+        # The header is written by then: other bytes would be read as other numbers.
+        assert block.dtype == self.dtype, f"{self.name}: {block.dtype}, not {self.dtype}"
+        return memoryview(block.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]
 
 
 def read(tensor: LazyTensor) -> mx.array:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from graft.errors import InputError, first_line
 from graft.storage.lazy_tensors import StoredTensor, read
+from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_checkpoint
-from graft.storage.weight_files import open_safetensors
 
 import mlx.core as mx
 import numpy as np

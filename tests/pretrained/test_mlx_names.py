@@ -8,7 +8,7 @@ from graft.errors import InputError
 from graft.pretrained.load import build_model
 from graft.pretrained.mlx_names import translated, under_mlx_names
 from graft.storage.lazy_tensors import ComputedTensor, StoredTensor, read
-from graft.storage.weight_files import open_safetensors
+from graft.storage.safetensors import open_safetensors
 
 import mlx.core as mx
 import numpy as np

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.storage.lazy_tensors import ComputedTensor, StoredTensor, blocks, read
-from graft.storage.weight_files import Output, open_safetensors, write_npz, write_safetensors
+from graft.storage.lazy_tensors import ComputedTensor, Output, StoredTensor, blocks, read
+from graft.storage.npz import write_npz
+from graft.storage.safetensors import open_safetensors, write_safetensors
 
 import mlx.core as mx
 import numpy as np

@@ -1,0 +1,103 @@
+"""Reads and writes safetensors files, tensor by tensor.
+
+MLX's own writer wants all arrays at once; this one takes them as they come, so that a file may be
+larger than memory.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graft.errors import InputError
+from graft.storage.lazy_tensors import Output, StoredTensor, contiguous_strides
+
+import mlx.core as mx
+
+_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.float32: "F32",
+    mx.float64: "F64",
+}
+# MLX has no eight-bit floats: it loads them as bytes, and the model classes take it from there.
+_DTYPES = {
+    **{name: dtype for dtype, name in _NAMES.items()},
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), mx.uint8),
+}
+
+
+def write_safetensors(path: Path, outputs: Sequence[Output]) -> None:
+    """Write a safetensors file, marked as MLX's."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    start = 0
+    for output in outputs:
+        stop = start + output.size_bytes
+        header[output.name] = {
+            "dtype": _NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for output in outputs:
+            for block in output.blocks:
+                file.write(output.raw(block))
+
+
+def load_safetensors(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file that Graft has written, read by MLX when they are used."""
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Find the tensors of a safetensors file without reading them.
+
+    Raises:
+        InputError: the file is missing, cut off or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"header to byte {8 + length}, file of {size} bytes")
+            header = json.loads(file.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _located(path, 8 + length, entry, size) for name, entry in entries.items()}
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _located(path: Path, data_start: int, entry: dict[str, Any], file_bytes: int) -> StoredTensor:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop <= file_bytes - data_start:
+        raise ValueError(f"data to byte {data_start + stop}, file of {file_bytes} bytes")
+    if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.size:
+        raise ValueError(f"{stop - start} bytes for shape {list(shape)} of {entry['dtype']}")
+    return StoredTensor(path, data_start + start, dtype, shape, contiguous_strides(shape))
