@@ -12,7 +12,7 @@ from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import LazyTensor
 from graft.storage.safetensors import open_safetensors
-from graft.storage.torch_file import open_checkpoint
+from graft.storage.torch_file import open_torch_file
 
 Config = dict[str, Any]
 Tensors = dict[str, LazyTensor]
@@ -33,7 +33,7 @@ def open_hugging_face_folder(folder: Path) -> tuple[Config, Tensors]:
     tensors: Tensors = {}
     for file in weight_files(folder):
         safe = file.suffix == ".safetensors"
-        tensors |= open_safetensors(file) if safe else open_checkpoint(file)
+        tensors |= open_safetensors(file) if safe else open_torch_file(file)
     return config, tensors
 
 

@@ -5,8 +5,6 @@ folders. Architectures come from mlx-lm. Knows nothing of adapters.
 """
 
 import hashlib
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
+from graft.storage.tensor_file import read_weight_file
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "sapling"
@@ -123,24 +121,6 @@ def build_model(config: Config) -> nn.Module:
     return model
 
 
-def read_tensors(path: Path) -> Weights:
-    """The arrays of an npz file, or those of a safetensors file, lazily.
-
-    Raises:
-        InputError: the file is missing, torn or damaged.
-    """
-    try:
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        arrays = mx.load(str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
-    assert isinstance(arrays, dict)
-    return arrays
-
-
 def _read_folder(folder: Path) -> tuple[Config, Weights]:
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         from graft.pretrained.meta import read_meta_folder
@@ -158,7 +138,7 @@ def _read_folder(folder: Path) -> tuple[Config, Weights]:
             f"{folder} has no model*.safetensors or weights.npz; convert PyTorch weights with "
             "convert.py"
         )
-    return config, {name: array for file in files for name, array in read_tensors(file).items()}
+    return config, {name: array for file in files for name, array in read_weight_file(file).items()}
 
 
 def _sanitize(model: nn.Module, weights: Weights, folder: Path) -> Weights:
@@ -216,22 +196,3 @@ def quantize_as_saved(model: nn.Module, quantization: Any, weights: Weights) -> 
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"config.json: bad quantization {quantization!r}: {error}") from error
-
-
-def _read_npz(path: Path) -> Weights:
-    # Not with mx.load, whose threads read through Python: a bad checksum there ends the process,
-    # and so, now and then, does an interpreter that exits soon after.
-    with zipfile.ZipFile(path) as archive:
-        return {
-            name.removesuffix(".npy"): _read_member(archive, name) for name in archive.namelist()
-        }
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> mx.array:
-    with archive.open(name) as member:
-        array = np.lib.format.read_array(member, allow_pickle=False)
-        if member.read():  # to the end, where the checksum is compared
-            raise ValueError(f"{name} is longer than its header tells")
-    if array.dtype == np.dtype("V2"):  # how MLX writes bfloat16, which NumPy lacks
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array)

@@ -18,7 +18,7 @@ from graft.pretrained.module_paths import natural_key
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
 from graft.storage.safetensors import open_safetensors
-from graft.storage.torch_file import open_checkpoint
+from graft.storage.torch_file import open_torch_file
 
 import mlx.core as mx
 
@@ -184,7 +184,7 @@ def _joined_tensors(files: Sequence[Path], dim: int) -> Tensors:
     shards = {
         file.name: open_safetensors(file)
         if file.suffix == ".safetensors"
-        else open_checkpoint(file)
+        else open_torch_file(file)
         for file in files
     }
     names = sorted({name for shard in shards.values() for name in shard} - _UNUSED, key=natural_key)

@@ -8,10 +8,10 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
 import io
 import math
-import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from graft.errors import InputError
 from graft.storage.lazy_tensors import (
@@ -22,14 +22,21 @@ from graft.storage.lazy_tensors import (
     StoredTensor,
     contiguous_strides,
 )
+from graft.storage.zip_members import data_offset
 
 import mlx.core as mx
 import numpy as np
 
 _DTYPES = {
-    np.dtype(name).str[1:]: dtype
-    for dtype, name in NUMPY_NAMES.items()
-    if dtype not in (mx.bool_, mx.bfloat16)
+    np.dtype(name).str[1:]: dtype for dtype, name in NUMPY_NAMES.items() if dtype != mx.bfloat16
+}
+BFLOAT16 = np.dtype("V2")  # how MLX writes it, since NumPy has none
+# Trained numbers hardly compress, a start at zero does. A file that grows more than this when it
+# is read was made to fill the memory.
+LARGEST_RATIO = 64
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
 }
 
 
@@ -42,7 +49,7 @@ def write_npz(path: Path, outputs: Iterable[Output]) -> None:
             with archive.open(
                 zipfile.ZipInfo(f"{output.name}.npy"), "w", force_zip64=True
             ) as member:
-                member.write(_npy_header(output))
+                member.write(_header_bytes(output))
                 for block in output.blocks:
                     member.write(output.raw(block))
 
@@ -51,45 +58,92 @@ def open_npz(path: Path) -> dict[str, LazyTensor]:
     """Find the tensors of an npz file without reading them; compressed ones are read.
 
     Raises:
-        InputError: the file is missing, cut off or no npz file.
+        InputError: the file is missing, truncated or not an npz file.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return {
-                info.filename.removesuffix(".npy"): _open_member(path, archive, file, info)
-                for info in archive.infolist()
-            }
+            return {_name(info): _opened(path, archive, file, info) for info in archive.infolist()}
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is truncated or no npz file ({error}); make it again") from error
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is truncated or not an npz file ({error}); fetch it again"
+        ) from error
 
 
-def _open_member(
+def load_npz(path: Path) -> dict[str, mx.array]:
+    """The arrays of an npz file. Checksums are compared, and a header cannot cost memory.
+
+    `mx.load` reads npz files in threads that call back into Python: a wrong checksum there ends the
+    process, and so can an interpreter that exits soon after.
+
+    Raises:
+        Exception: the file is damaged; the type depends on how. Callers turn it into an
+            `InputError`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        content_bytes, file_bytes = sum(m.file_size for m in members), path.stat().st_size
+        if content_bytes > LARGEST_RATIO * file_bytes:
+            raise ValueError(f"{content_bytes} bytes in a file of {file_bytes}")
+        return {_name(info): _loaded(archive, info) for info in members}
+
+
+class _Header(NamedTuple):
+    """The header of one array: its type, its shape, and how many bytes come before its numbers."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    columns_first: bool
+    length: int
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        strides = contiguous_strides(self.shape[::-1] if self.columns_first else self.shape)
+        return strides[::-1] if self.columns_first else strides
+
+
+def _read_header(member: IO[bytes], info: zipfile.ZipInfo) -> _Header:
+    version = np.lib.format.read_magic(member)
+    if version not in _HEADER_READERS:
+        raise ValueError(f"{info.filename} has version {version}")
+    shape, columns_first, dtype = _HEADER_READERS[version](member)
+    if dtype.hasobject or dtype.byteorder == ">":
+        raise ValueError(f"{info.filename} holds {dtype}, not little-endian numbers")
+    expected, actual = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+    if expected != actual:
+        raise ValueError(f"{info.filename} is {dtype} in shape {shape} and has {actual} bytes")
+    return _Header(dtype, shape, columns_first, member.tell())
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    return info.filename.removesuffix(".npy")
+
+
+def _opened(
     path: Path, archive: zipfile.ZipFile, file: io.BufferedReader, info: zipfile.ZipInfo
 ) -> LazyTensor:
+    if info.compress_type != zipfile.ZIP_STORED:
+        return ComputedTensor(_loaded(archive, info))
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version != (1, 0):
-            raise ValueError(f"{info.filename} has version {version}")
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(member)
-        start = member.tell()
-        # MLX calls a single dimension columns first, which comes to the same.
-        if (columns_first and len(shape) > 1) or math.prod(
-            shape
-        ) * dtype.itemsize != info.file_size - start:
-            raise ValueError(f"{info.filename} has no rows of {dtype} in shape {shape}")
-        kind = mx.bfloat16 if dtype == np.dtype("V2") else _DTYPES[dtype.str[1:]]
-        if info.compress_type != zipfile.ZIP_STORED:
-            array = mx.array(np.frombuffer(member.read(), np.uint8)).view(kind)
-            return ComputedTensor(array.reshape(shape))
-    file.seek(info.header_offset + 26)
-    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-    start += info.header_offset + 30 + name_bytes + extra_bytes
-    return StoredTensor(path, start, kind, shape, contiguous_strides(shape))
+        header = _read_header(member, info)
+    dtype = mx.bfloat16 if header.dtype == BFLOAT16 else _DTYPES[header.dtype.str[1:]]
+    start = data_offset(file, info) + header.length
+    return StoredTensor(path, start, dtype, header.shape, header.strides)
 
 
-def _npy_header(output: Output) -> bytes:
+def _loaded(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> mx.array:
+    with archive.open(info) as member:
+        dtype, shape, columns_first, _ = _read_header(member, info)
+        content = member.read()  # to the end, where the checksum is compared
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if columns_first else "C")
+    array = np.ascontiguousarray(array).reshape(shape)
+    if dtype == BFLOAT16:
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def _header_bytes(output: Output) -> bytes:
     kinds = {mx.bool_: "|b1", mx.uint8: "|u1", mx.int8: "|i1", mx.bfloat16: "<V2"}
     name = str(output.dtype).removeprefix("mlx.core.")
     descr = kinds[output.dtype] if output.dtype in kinds else np.dtype(name).str

@@ -62,8 +62,8 @@ def write_safetensors(path: Path, outputs: Sequence[Output]) -> None:
 
 
 def load_safetensors(file: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file that Graft has written, read by MLX when they are used."""
-    arrays = mx.load(str(file))
+    """The arrays of a safetensors file, which MLX reads when they are used."""
+    arrays = mx.load(str(file), format="safetensors")
     assert isinstance(arrays, dict)
     return arrays
 

@@ -10,7 +10,6 @@ Format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
 
 import io
 import pickle
-import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from graft.errors import InputError
 from graft.storage.lazy_tensors import StoredTensor
+from graft.storage.zip_members import data_offset
 
 import mlx.core as mx
 
@@ -55,7 +55,7 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-def open_checkpoint(path: Path | str) -> dict[str, StoredTensor]:
+def open_torch_file(path: Path | str) -> dict[str, StoredTensor]:
     """Find the tensors of a file without reading them. Checksums of all storages are compared.
 
     Returns:
@@ -89,7 +89,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTenso
     views = _views_by_name(path, content)
     with path.open("rb") as file:
         starts = {
-            name.removeprefix(f"{root}data/"): (_data_offset(file, info), info.file_size)
+            name.removeprefix(f"{root}data/"): (data_offset(file, info), info.file_size)
             for name, info in members.items()
             if name.startswith(f"{root}data/")
         }
@@ -211,13 +211,3 @@ def _located(
     if 0 not in shape and last >= storage.elements:
         raise InputError(f"{path} is damaged: {name} reaches beyond its storage")
     return StoredTensor(path, start + offset * storage.dtype.size, storage.dtype, shape, strides)
-
-
-def _data_offset(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: after a header whose length only the header itself tells."""
-    file.seek(info.header_offset)
-    header = file.read(30)
-    if len(header) < 30:
-        raise zipfile.BadZipFile("a member's header is cut off")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    return int(info.header_offset + 30 + name_length + extra_length)

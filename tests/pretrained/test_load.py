@@ -13,10 +13,11 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.errors import InputError
-from graft.pretrained.load import build_model, find_folder, load_model, read_model, read_tensors
+from graft.pretrained.load import build_model, find_folder, load_model, read_model
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
+from graft.storage.tensor_file import read_weight_file
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -186,7 +187,7 @@ def test_half_precision_comes_back_value_for_value(
         weights.update({name: array.astype(dtype) for name, array in weights.items()})
 
     change_weights(folder, halve)
-    tensors = read_tensors(weights_of(folder))
+    tensors = read_weight_file(weights_of(folder))
     for name, array in tree_flatten(make_model(LLAMA).parameters()):
         assert tensors[name].dtype == dtype
         assert mx.array_equal(tensors[name], array.astype(dtype))
@@ -198,7 +199,7 @@ def test_half_precision_comes_back_value_for_value(
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_an_npz_file_of_numpy_is_read(tmp_path: Path, write: Callable[..., None]) -> None:
     folder = write_model(tmp_path / "m", form="npz")
-    arrays = {name: np.array(array) for name, array in read_tensors(weights_of(folder)).items()}
+    arrays = {name: np.array(array) for name, array in read_weight_file(weights_of(folder)).items()}
     write(weights_of(folder), **{name: array.astype(np.float64) for name, array in arrays.items()})
     model, _ = read_model(folder)
     assert mx.array_equal(model(TOKENS), make_model(LLAMA)(TOKENS))
@@ -214,7 +215,7 @@ def test_an_npz_file_reads_as_mlx_reads_it(tmp_path: Path) -> None:
         "flags": mx.array([True, False]),
     }
     mx.savez(str(tmp_path / "a.npz"), **arrays)
-    found = read_tensors(tmp_path / "a.npz")
+    found = read_weight_file(tmp_path / "a.npz")
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype and found[name].shape == array.shape

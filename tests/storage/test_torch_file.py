@@ -9,7 +9,7 @@ from typing import Any
 
 from graft.errors import InputError
 from graft.storage.lazy_tensors import blocks, read
-from graft.storage.torch_file import open_checkpoint
+from graft.storage.torch_file import open_torch_file
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ ELEVEN = np.arange(11, dtype=np.float32)
 
 def refused(path: Path) -> str:
     with pytest.raises(InputError) as refusal:
-        open_checkpoint(path)
+        open_torch_file(path)
     message = str(refusal.value)
     assert str(path) in message
     assert "\n" not in message
@@ -42,7 +42,7 @@ def test_a_file_of_torch_reads_bit_for_bit(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     tensor = (torch.randn(37, 5) * 50).to(getattr(torch, name))
     torch.save({"w": tensor, "scalar": tensor[3, 2].clone()}, tmp_path / "c.pth")
-    found = open_checkpoint(tmp_path / "c.pth")
+    found = open_torch_file(tmp_path / "c.pth")
     for key, expected in {"w": tensor, "scalar": tensor[3, 2]}.items():
         assert found[key].shape == tuple(expected.shape)
         assert str(found[key].dtype) == f"mlx.core.{name}"
@@ -68,7 +68,7 @@ def test_views_and_shared_storages_of_torch_read_exactly(
     }
     torch.save(views, tmp_path / "c.pth")
     assert (tmp_path / "c.pth").stat().st_size < 5000, "torch saved the storage more than once"
-    found = open_checkpoint(tmp_path / "c.pth")
+    found = open_torch_file(tmp_path / "c.pth")
     assert found["base"] == found["same"]
     for key, expected in views.items():
         for size in (1, 24, 1 << 20):
@@ -85,14 +85,14 @@ def test_a_state_dict_with_parameters_and_metadata_reads(tmp_path: Path) -> None
     torch.save(layer.state_dict(), tmp_path / "state.pth")
     torch.save(dict(layer.named_parameters()) | {"step": 3}, tmp_path / "parameters.pth")
     for name in ("state.pth", "parameters.pth"):
-        found = open_checkpoint(tmp_path / name)
+        found = open_torch_file(tmp_path / name)
         assert set(found) == {"weight", "bias"}
         np.testing.assert_array_equal(read(found["weight"]), layer.weight.detach().numpy())
 
 
 def test_a_file_reads_without_torch(tmp_path: Path) -> None:
     arrays = {"a": ELEVEN.reshape(1, 11), "b": np.array([1, -2], np.int64)}
-    found = open_checkpoint(torch_zip.save(tmp_path / "c.pth", arrays))
+    found = open_torch_file(torch_zip.save(tmp_path / "c.pth", arrays))
     for name, array in arrays.items():
         np.testing.assert_array_equal(read(found[name]), array)
 
@@ -148,7 +148,7 @@ def test_a_view_outside_its_storage_is_refused(
 
 
 def test_a_sound_view_at_the_very_end_of_its_storage_reads(tmp_path: Path) -> None:
-    found = open_checkpoint(one_view(tmp_path / "c.pth", offset=5))
+    found = open_torch_file(one_view(tmp_path / "c.pth", offset=5))
     np.testing.assert_array_equal(read(found["w"]), ELEVEN[5:].reshape(2, 3))
 
 
