@@ -1,1 +1,1 @@
-"""Speed and memory beside other tools."""
+"""Speed and memory of Graft beside other tools."""

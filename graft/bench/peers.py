@@ -1,8 +1,8 @@
-"""One run of another tool for `graft bench`, which prints what it measured as a line of JSON.
+"""Runs another tool once for `graft bench` and prints its figures as one line of JSON.
 
-Runs as a file, under any Python that has the tool, and imports nothing of Graft; generation by
-Graft itself is here, too, so that both are timed alike. Times are taken after the first ten steps;
-where a validation loss is to be reached, it is measured every ten.
+This script runs under any Python that has the tool, so it imports nothing of Graft at the top.
+Graft's own generation is here, too, so that both are timed by the same code. Speed is measured
+after ten warm-up steps; a validation loss to reach is checked every ten steps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ PROMPT = "Q: What is read?\nA:"
 
 
 def main() -> None:
-    """Run the tool that is named first."""
+    """Run the tool named by the first argument."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tool", choices=list(TOOLS))
     parser.add_argument("model", type=Path)
@@ -26,10 +26,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--layers", type=int, default=-1)
     parser.add_argument(
-        "--loss", type=float, default=0.0, help="validate, and tell when it is reached"
+        "--loss", type=float, default=0.0, help="validation loss to reach; 0 for none"
     )
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--blas", help="library to load before MLX, as Graft does")
+    parser.add_argument("--blas", help="BLAS library to load before MLX")
     parser.add_argument("--scratch", type=Path, help="folder to write to")
     arguments = parser.parse_args()
     if arguments.blas:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train_with_mlx_lm(arguments: Any) -> dict[str, float]:
-    """mlx-lm's own trainer, from its own reports."""
+    """Train with mlx-lm's trainer; the figures come from its reports."""
     import mlx.core as mx
     import mlx.optimizers as optim
     import numpy as np
@@ -82,7 +82,7 @@ def train_with_mlx_lm(arguments: Any) -> dict[str, float]:
 
 
 class _Clock:
-    """Takes mlx-lm's reports."""
+    """Receives mlx-lm's reports and computes the speed after the warm-up."""
 
     def __init__(self, start_at: int, loss: float) -> None:
         self._start_at, self._loss = start_at, loss
@@ -103,7 +103,7 @@ class _Clock:
 
 
 def train_with_peft(arguments: Any) -> dict[str, float]:
-    """PyTorch and PEFT in float32, with batches made as mlx-lm makes them."""
+    """Train with PyTorch and PEFT in float32, on batches made the way mlx-lm makes them."""
     import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
@@ -152,9 +152,9 @@ def train_with_peft(arguments: Any) -> dict[str, float]:
 
 
 def _batches(data: Path, split: str, tokenizer: Any) -> list[list[list[int]]]:
-    """Rows of token ids, by length and as many as make a batch."""
-    found = (tokenizer(row["text"])["input_ids"] for row in _rows(data, split))
-    rows = sorted(([*ids[: MAX_TOKENS - 1], tokenizer.eos_token_id] for ids in found), key=len)
+    """Token ids in batches of rows with similar lengths."""
+    encoded = (tokenizer(row["text"])["input_ids"] for row in _rows(data, split))
+    rows = sorted(([*ids[: MAX_TOKENS - 1], tokenizer.eos_token_id] for ids in encoded), key=len)
     return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
 
 
@@ -175,7 +175,7 @@ def _torch_loss(model: Any, batch: list[list[int]]) -> Any:
 
 
 def generate_with_mlx_lm(arguments: Any) -> dict[str, float]:
-    """mlx-lm's own generation, greedy, from the end of the prompt on."""
+    """Generate greedily with mlx-lm; timed from the first new token."""
     from mlx_lm import stream_generate
     from mlx_lm.utils import load
 
@@ -186,7 +186,7 @@ def generate_with_mlx_lm(arguments: Any) -> dict[str, float]:
 
 
 def generate_with_graft(arguments: Any) -> dict[str, float]:
-    """Graft's generation, greedy, from the end of the prompt on."""
+    """Generate greedily with Graft's engine; timed from the first new token."""
     import graft  # noqa: F401
     from graft.engine.engine import Engine
     from graft.pretrained.load import load_model

@@ -1,8 +1,8 @@
-"""One run of a server for `graft bench`, which prints what it measured as a line of JSON.
+"""Measures a server once for `graft bench` and prints its figures as one line of JSON.
 
-The same requests for several adapters go to Graft's server or to mlx-lm's, all at once and one
-after another. Of Graft's engine it also measures, without HTTP, how much slower a step is when
-every row has an adapter of its own, and how long a token waits while an adapter is loaded.
+Graft's server and mlx-lm's get the same requests for several adapters, first all at once, then one
+after another. For Graft's engine, without HTTP, it also measures how much slower a step is if every
+row uses a different adapter, and how long a token is delayed while an adapter is loaded.
 """
 
 import argparse
@@ -21,7 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RANK, ROWS = 8, 16
+from graft.bench.peers import RANK
+from graft.bench.work import Figures
+
+MIXED_ROWS = 16
 START_SECONDS = 120.0
 PROMPTS = [f"Q: What is {name}?\nA:" for name in ("read", "an iterator of rows", "join", "a lock")]
 MLX_LM = (
@@ -32,35 +35,32 @@ MLX_LM = (
     "main()"
 )
 
-Figures = dict[str, float]
-
 
 def main() -> None:
-    """Run the tool that is named first."""
+    """Run the tool named by the first argument."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tool", choices=["graft", "mlx-lm"])
+    parser.add_argument("tool", choices=list(COMMANDS))
     parser.add_argument("model", type=Path)
-    parser.add_argument("scratch", type=Path, help="folder to write adapters to")
+    parser.add_argument("scratch", type=Path, help="folder for the adapters")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--blas", default="", help="library to load before MLX, as Graft does")
+    parser.add_argument("--blas", default="", help="BLAS library to load before MLX")
     arguments = parser.parse_args()
-    paths = write_adapters(arguments.model, arguments.scratch / "adapters", ROWS)
+    paths = write_adapters(arguments.model, arguments.scratch / "adapters", MIXED_ROWS)
     served = list(paths.values())[: arguments.adapters]
     tokens = arguments.tokens
-    start, extra = (graft_command, decode_figures) if arguments.tool == "graft" else (None, None)
-    command = (start or mlx_lm_command)(arguments.model, served, blas=arguments.blas)
+    command = COMMANDS[arguments.tool](arguments.model, served, blas=arguments.blas)
     with serving(command) as port:
         bodies = [body_for(arguments.tool, n, served, tokens) for n in range(arguments.requests)]
         figures = server_figures(port, bodies)
-    if extra is not None:
-        figures |= extra(arguments.model, paths, tokens=2 * tokens)
+    if arguments.tool == "graft":
+        figures |= decode_figures(arguments.model, paths, tokens=2 * tokens)
     print(json.dumps(figures))
 
 
 def write_adapters(model: Path, folder: Path, count: int) -> dict[str, Path]:
-    """Random adapters of every linear layer, each in a folder; by name."""
+    """Write random adapters of every linear layer, each to a folder; returns these by name."""
     from graft.adapters.attach import attach, lora_layers
     from graft.adapters.files import save_adapter
     from graft.adapters.targets import plan
@@ -70,7 +70,7 @@ def write_adapters(model: Path, folder: Path, count: int) -> dict[str, Path]:
 
     base: Any = read_model(model)[0]
     attach(base, plan(base, rank=RANK, num_layers=-1))
-    names = [f"adapter-{number:02}" for number in range(count)]  # in the order of a folder's
+    names = [f"adapter-{number:02}" for number in range(count)]  # sorted, as a folder lists them
     paths = {name: folder / name for name in names}
     for number, path in enumerate(paths.values()):
         path.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write_adapters(model: Path, folder: Path, count: int) -> dict[str, Path]:
 
 
 def graft_command(model: Path, adapters: Sequence[Path], *, blas: str) -> list[str]:
-    """How to start Graft's server, which finds its own BLAS."""
+    """The command line of Graft's server, which finds the BLAS itself."""
     del blas
     folder = str(adapters[0].parent)
     limits = ["--max-adapters", str(len(adapters)), "--max-rank", str(RANK)]
@@ -93,13 +93,16 @@ def graft_command(model: Path, adapters: Sequence[Path], *, blas: str) -> list[s
 
 
 def mlx_lm_command(model: Path, adapters: Sequence[Path], *, blas: str) -> list[str]:
-    """How to start mlx-lm's server, with Graft's BLAS; it loads adapters as they are asked for."""
+    """The command line of mlx-lm's server with Graft's BLAS; it loads adapters on request."""
     del adapters
     return [sys.executable, "-c", MLX_LM, blas, "--model", str(model), "--log-level", "ERROR"]
 
 
+COMMANDS = {"graft": graft_command, "mlx-lm": mlx_lm_command}
+
+
 def body_for(tool: str, number: int, adapters: Sequence[Path], tokens: int) -> dict[str, Any]:
-    """The request of that number; the adapters take turns."""
+    """The request with a number; the adapters take turns."""
     path = adapters[number % len(adapters)]
     body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": tokens, "temperature": 0}
     return {**body, "model": path.name} if tool == "graft" else {**body, "adapters": str(path)}
@@ -107,18 +110,18 @@ def body_for(tool: str, number: int, adapters: Sequence[Path], tokens: int) -> d
 
 @contextmanager
 def serving(command: Sequence[str]) -> Iterator[int]:
-    """Run a server at a port of its own until the block ends.
+    """Run a server on a free port until the block ends; yields the port.
 
     Raises:
-        RuntimeError: it does not answer.
+        RuntimeError: the server does not answer.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     child = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while not _answers(port):
-            if child.poll() is not None or time.monotonic() > end:
+            if child.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server does not answer: {' '.join(command[:4])}")
             time.sleep(0.05)
         yield port
@@ -128,7 +131,7 @@ def serving(command: Sequence[str]) -> Iterator[int]:
 
 
 def server_figures(port: int, bodies: Sequence[Mapping[str, Any]]) -> Figures:
-    """Tokens a second of all requests at once, and of the same one after another."""
+    """Tokens per second of all requests at once, and of the same requests one after another."""
     _post(port, bodies[0])
     with ThreadPoolExecutor(len(bodies)) as pool:
         start = time.perf_counter()
@@ -143,16 +146,17 @@ def server_figures(port: int, bodies: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def decode_figures(model: Path, adapters: Mapping[str, Path], *, tokens: int) -> Figures:
-    """What mixing costs a step, and what loading does to the longest one.
+    """How much mixed adapters slow a step down, and how much loading an adapter does.
 
     Args:
-        model: the base's folder.
-        adapters: one for each row.
-        tokens: of each answer.
+        model: the base model's folder.
+        adapters: one for each row, by name.
+        tokens: the length of each answer.
 
     Returns:
-        `mixed_over_single`: the speed of rows with an adapter each, over that of as many rows with
-        the same one; `longest_step_while_loading`: in ordinary steps.
+        `mixed_over_single`: the speed with a different adapter in each row, relative to the speed
+        with the same adapter in all rows. `longest_step_while_loading`: the longest step while an
+        adapter is loaded, relative to the median step.
     """
     from graft.engine.engine import Engine
     from graft.pretrained.load import load_model
@@ -185,7 +189,7 @@ def decode_figures(model: Path, adapters: Mapping[str, Path], *, tokens: int) ->
 def step_seconds(
     engine: Any, rows: Sequence[str], tokens: int, *, meanwhile: Callable[[], None] | None = None
 ) -> list[float]:
-    """Between the tokens of one row, after the first few, while all rows generate."""
+    """Seconds between the tokens of one row, after the first few, while all rows generate."""
     streams = [
         engine.submit([5 + n] * 16, adapters={name: 1.0}, max_tokens=tokens)
         for n, name in enumerate(rows)
@@ -212,9 +216,9 @@ def _answers(port: int) -> bool:
 
 
 def _post(port: int, body: Mapping[str, Any]) -> int:
-    """Send a request; returns how many tokens were generated for it.
+    """Send a request; returns the number of tokens generated.
 
-    A server that has no room for the connection is asked again: mlx-lm's has 5 places.
+    A refused connection is retried: mlx-lm's server queues only 5.
     """
     headers = {"Content-Type": "application/json"}
     while True:

@@ -1,7 +1,7 @@
-"""What `graft bench` measures on: random models, a tokenizer and docstrings, the same for everyone.
+"""The benchmark's workloads: random models, a tokenizer and docstrings, the same on every machine.
 
-Weights are random, so they serve for speed and memory and not for quality. Every model is a folder
-that mlx-lm loads, and those that are not quantized transformers loads, too.
+Weights are random, so the models measure speed and memory, not quality. mlx-lm loads every one of
+them; transformers loads those that are not quantized.
 """
 
 import ast
@@ -16,8 +16,8 @@ from typing import Any
 from graft.errors import InputError
 from graft.storage.atomic import new_folder
 
-ROWS = 800
-SPECIAL = ["<s>", "</s>", "<unk>"]
+TRAIN_ROWS = 800
+SPECIAL_TOKENS = ["<s>", "</s>", "<unk>"]
 TOKENIZER_VOCABULARY = 8192
 
 _SMALL = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704}
@@ -30,20 +30,23 @@ MODELS: dict[str, dict[str, int]] = {
     "wide-vocab": {**_SMALL, "num_hidden_layers": 4, "vocab_size": 65536},
 }
 
+Figures = dict[str, float]
+
 
 @dataclass(frozen=True)
 class Work:
-    """Something to measure.
+    """One workload.
 
     Attributes:
         model: one of `MODELS`.
-        about: what it is, for the table.
-        layers: adapted, from the top; -1 for all.
-        epochs: over all rows, timed from the start of the process; 0 times steps after others.
-        loss: of validation, to reach; timed from the start of the process.
-        steps: after ten others; 0 is as many as a tool is worth waiting for.
-        tokens: to generate, instead of training.
-        requests: to a server, for several adapters, instead of training.
+        about: its description in the table.
+        layers: the number of top layers to adapt; -1 for all.
+        epochs: passes over all rows, timed from the start of the process; with 0, single steps are
+            timed after a warm-up.
+        loss: the validation loss to reach, timed from the start of the process; 0 for none.
+        steps: training steps after the warm-up; 0 for each tool's own number.
+        tokens: tokens to generate instead of training.
+        requests: requests to a server with several adapters, instead of training.
     """
 
     model: str
@@ -70,12 +73,12 @@ WORKS = {
 
 
 def make_materials(folder: Path, models: Iterable[str]) -> None:
-    """Write `data` and the models that are named into `folder`, where they are not there yet.
+    """Write `data` and the named models into `folder`; models that exist are kept.
 
     Raises:
-        InputError: a package is missing that makes tokenizers.
+        InputError: the packages that train a tokenizer are not installed.
     """
-    texts = docstrings()
+    texts = stdlib_docstrings()
     _write_data(texts, folder / "data")
     missing = [name for name in dict.fromkeys(models) if not (folder / name).is_dir()]
     tokenizer = _make_tokenizer(texts) if missing else None
@@ -84,8 +87,8 @@ def make_materials(folder: Path, models: Iterable[str]) -> None:
             _write_model(temporary, tokenizer, **MODELS[name])
 
 
-def docstrings() -> list[str]:
-    """Questions and answers from the standard library's docstrings, in a fixed order."""
+def stdlib_docstrings() -> list[str]:
+    """Questions and answers from the docstrings of the standard library, in a fixed order."""
     texts = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "test" in path.as_posix() or "site-packages" in path.parts:
@@ -105,9 +108,9 @@ def docstrings() -> list[str]:
 
 def _write_data(texts: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"train": texts[:ROWS], "valid": texts[ROWS : ROWS + 20]}
-    for name, part in parts.items():
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+    splits = {"train": texts[:TRAIN_ROWS], "valid": texts[TRAIN_ROWS : TRAIN_ROWS + 20]}
+    for name, rows in splits.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
@@ -121,10 +124,10 @@ def _make_tokenizer(texts: list[str]) -> Any:
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_VOCABULARY, special_tokens=SPECIAL, show_progress=False
+        vocab_size=TOKENIZER_VOCABULARY, special_tokens=SPECIAL_TOKENS, show_progress=False
     )
     pairs.train_from_iterator(texts, trainer)
-    start, end, unknown = SPECIAL
+    start, end, unknown = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=pairs, bos_token=start, eos_token=end, unk_token=unknown
     )
