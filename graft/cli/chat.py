@@ -218,7 +218,7 @@ class Talk:
             prompt = self._form.replace("{}", message)
         else:
             try:
-                with self._engine.encoding:
+                with self._engine.tokenizer_lock:
                     prompt = self._chat.prompt_ids(
                         [*before, {"role": "user", "content": message}], None
                     )

@@ -75,7 +75,7 @@ class Engine:
     Attributes:
         bank_bytes: what adapters can take in memory within the limits.
         tokenizer: of the model.
-        encoding: a lock to hold while using the tokenizer elsewhere.
+        tokenizer_lock: hold it while using the tokenizer elsewhere.
 
     Raises:
         InputError: a limit is below 1.
@@ -124,7 +124,7 @@ class Engine:
         self._pace = Pace()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self.encoding = threading.Lock()
+        self.tokenizer_lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._closing = self._stopping = False
         self._held_bytes = 0
@@ -228,7 +228,7 @@ class Engine:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not UTF-8 at character {error.start + 1}") from error
-        with self.encoding:
+        with self.tokenizer_lock:
             ids = self.tokenizer.encode(text)
         # Some tokenizers end every text, which this one is not to be.
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids

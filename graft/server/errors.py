@@ -1,9 +1,10 @@
-"""What the server says when it cannot do what was asked, in the shapes of three interfaces.
+"""Errors over HTTP: the status of each error, and its body in the formats of three interfaces.
 
-Knows the engine's refusals and the status code of each; knows nothing of routes.
+Does not know the routes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from graft.engine.errors import (
@@ -18,19 +19,17 @@ from graft.engine.errors import (
 )
 from graft.errors import InputError, RunError
 
-Body = dict[str, Any]
-
 
 class HttpError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: one line for the person who asked.
-        param: the field of the request that is at fault.
-        code: a word for programs, as OpenAI's clients look for.
-        headers: of the response.
-        details: further fields of llama.cpp's shape.
+        status: the HTTP status.
+        message: one line for the person who sent the request.
+        param: the request's field that is wrong.
+        code: a word for programs, which OpenAI's clients read.
+        headers: headers of the response.
+        details: further fields, which llama.cpp's format includes.
     """
 
     def __init__(
@@ -52,72 +51,70 @@ class HttpError(Exception):
         self.details = dict(details or {})
 
 
-def openai_body(error: HttpError) -> Body:
-    """OpenAI's shape, in which `code` is a word or null.
+@dataclass(frozen=True)
+class ErrorFormat:
+    """How an interface writes errors.
 
-    Reference: https://platform.openai.com/docs/guides/error-codes
+    Attributes:
+        types: the error's type by status.
+        client_error: its type for the other statuses below 500.
+        server_error: its type for the others from 500 on.
+        code_is_status: whether `code` is the status, or a word or null.
+        with_details: whether further fields follow instead of `param`.
     """
-    kinds = {429: "rate_limit_error"}
-    default = "server_error" if error.status >= 500 else "invalid_request_error"
-    kind = kinds.get(error.status, default)
-    content = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return {"error": content}
+
+    types: Mapping[int, str]
+    client_error: str
+    server_error: str
+    code_is_status: bool
+    with_details: bool = False
+
+    def body(self, error: HttpError) -> dict[str, Any]:
+        """The JSON body of an error."""
+        default = self.server_error if error.status >= 500 else self.client_error
+        content = {
+            "message": error.message,
+            "type": self.types.get(error.status, default),
+            "code": error.status if self.code_is_status else error.code,
+        }
+        return {"error": content | (error.details if self.with_details else {"param": error.param})}
 
 
-def vllm_body(error: HttpError) -> Body:
-    """The shape of vLLM's adapter routes, in which `code` is the status."""
-    kinds = {
+# https://platform.openai.com/docs/guides/error-codes
+OPENAI_ERRORS = ErrorFormat(
+    {429: "rate_limit_error"}, "invalid_request_error", "server_error", code_is_status=False
+)
+# vLLM's routes for adapters.
+VLLM_ERRORS = ErrorFormat(
+    {
         400: "InvalidUserInput",
         401: "AuthenticationError",
         403: "PermissionDeniedError",
         404: "NotFoundError",
         409: "ConflictError",
         503: "ServiceUnavailableError",
-    }
-    default = "InternalServerError" if error.status >= 500 else "BadRequestError"
-    kind = kinds.get(error.status, default)
-    return {
-        "error": {
-            "message": error.message,
-            "type": kind,
-            "param": error.param,
-            "code": error.status,
-        }
-    }
-
-
-def llama_cpp_body(error: HttpError) -> Body:
-    """The shape of llama.cpp's server.
-
-    Reference: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
-    """
-    kinds = {
+    },
+    "BadRequestError",
+    "InternalServerError",
+    code_is_status=True,
+)
+# https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+LLAMA_CPP_ERRORS = ErrorFormat(
+    {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
         429: "unavailable_error",
         503: "unavailable_error",
-    }
-    default = "server_error" if error.status >= 500 else "invalid_request_error"
-    kind = kinds.get(error.status, default)
-    content = {"code": error.status, "message": error.message, "type": kind, **error.details}
-    return {"error": content}
+    },
+    "invalid_request_error",
+    "server_error",
+    code_is_status=True,
+    with_details=True,
+)
 
 
-SHAPES: dict[str, Callable[[HttpError], Body]] = {
-    "/v1/load_lora_adapter": vllm_body,
-    "/v1/unload_lora_adapter": vllm_body,
-    "/lora-adapters": llama_cpp_body,
-    "/health": llama_cpp_body,
-}
-
-
-def error_body(error: HttpError, path: str) -> Body:
-    """The error in the shape of the interface that a path belongs to; OpenAI's by default."""
-    return SHAPES.get(path, openai_body)(error)
-
-
-# From refusal to status and code. Any other InputError is a bad request.
+# The status and code of each error of the engine. Any other InputError is a bad request.
 _STATUS: dict[type[InputError], tuple[int, str | None]] = {
     AdapterNotFound: (404, "model_not_found"),
     AdapterAlreadyLoaded: (400, "adapter_already_loaded"),
@@ -131,13 +128,13 @@ _STATUS: dict[type[InputError], tuple[int, str | None]] = {
 
 
 def http_error(error: Exception) -> HttpError:
-    """What any exception is in HTTP; one that is a bug tells nothing of itself."""
+    """The error response for an exception; that of a bug reveals nothing about it."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, RunError):
         return HttpError(500, str(error))
     if not isinstance(error, InputError):
-        return HttpError(500, "internal error; the server's log tells more")
+        return HttpError(500, "internal error; see the server's log")
     status, code = _STATUS.get(type(error), (400, None))
     headers: dict[str, str] = {}
     details: dict[str, Any] = {}

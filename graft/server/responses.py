@@ -1,6 +1,6 @@
-"""Answers in the shapes of OpenAI's two interfaces, whole and in chunks.
+"""Responses in the formats of OpenAI's two interfaces, whole and in chunks.
 
-Pure functions from pieces to JSON. Knows nothing of the engine or of HTTP.
+Pure functions from pieces of an answer to JSON.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ Json = dict[str, Any]
 
 @dataclass
 class Answer:
-    """What all shapes need to know of one answer.
+    """An answer's data besides its pieces.
 
     Attributes:
-        id: of the response, after its kind's prefix.
-        model: as the response names it.
+        id: the response's id, without the format's prefix.
+        model: the model's name in the response.
         created: seconds since 1970.
-        request: what was asked.
-        prompt_text: what echo repeats.
+        request: the request.
+        prompt_text: the text that `echo` repeats.
         prompt_ids: token ids of the prompt.
-        cached_tokens: of the prompt, taken from the prompt cache.
-        prompt: tokens of the prompt with log-probabilities, where echo asked for them.
-        offset: characters that were told so far, for `text_offset`.
+        cached_tokens: number of prompt tokens found in the prompt cache.
+        prompt: tokens of the prompt with log-probabilities, if `echo` asks for them.
+        offset: number of characters sent so far, for `text_offset`.
     """
 
     id: str
@@ -40,14 +40,14 @@ class Answer:
     offset: int = 0
 
 
-class Shape(Protocol):
-    """One of the two interfaces.
+class ResponseFormat(Protocol):
+    """The response format of an interface.
 
     Attributes:
-        prefix: of the ids of its answers.
-        kind: of a whole answer, as `object` tells it.
-        chunk_kind: of a chunk.
-        default_tokens: of an answer where the request tells no number.
+        prefix: prefix of response ids.
+        kind: `object` of a whole response.
+        chunk_kind: `object` of a chunk.
+        default_tokens: longest answer if the request sets none.
     """
 
     prefix: str
@@ -56,45 +56,45 @@ class Shape(Protocol):
     default_tokens: int
 
     def opening(self, answer: Answer) -> list[Json]:
-        """The choices with which a stream opens, one a chunk."""
+        """The choices of a stream's first chunks."""
         ...
 
     def chunk(self, answer: Answer, piece: Piece) -> Json:
-        """The choice that tells a piece."""
+        """The choice for a piece of the answer."""
         ...
 
     def closing(self, finish_reason: str) -> Json:
-        """The choice with which a stream closes."""
+        """The choice of a stream's last chunk."""
         ...
 
     def whole(self, answer: Answer, piece: Piece, finish_reason: str) -> Json:
-        """The choice that tells everything at once."""
+        """The choice for a whole answer."""
         ...
 
 
-class CompletionShape:
+class CompletionFormat:
     """Completions: https://platform.openai.com/docs/api-reference/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
     default_tokens = 16  # OpenAI's
 
     def opening(self, answer: Answer) -> list[Json]:
-        """The prompt, where echo asks for it."""
+        """The prompt, if `echo` asks for it."""
         if not answer.request.echo and not answer.request.return_token_ids:
             return []
         text = answer.prompt_text if answer.request.echo else ""
         return [self._choice(answer, text, answer.prompt) | _prompt_ids(answer)]
 
     def chunk(self, answer: Answer, piece: Piece) -> Json:
-        """Text, log-probabilities."""
+        """Text and log-probabilities."""
         return self._choice(answer, piece.text, piece.tokens) | _ids(answer, piece.tokens)
 
     def closing(self, finish_reason: str) -> Json:
-        """No more text."""
+        """Only the reason for the end."""
         return {"index": 0, "text": "", "logprobs": None, "finish_reason": finish_reason}
 
     def whole(self, answer: Answer, piece: Piece, finish_reason: str) -> Json:
-        """Text, after the prompt's where echo asks for it."""
+        """The text, after the prompt if `echo` asks for it."""
         echo = answer.request.echo
         text = (answer.prompt_text if echo else "") + piece.text
         tokens = [*answer.prompt, *piece.tokens] if echo else piece.tokens
@@ -108,25 +108,25 @@ class CompletionShape:
         tokens: Sequence[TokenInfo],
         finish_reason: str | None = None,
     ) -> Json:
-        told = answer.request.logprobs is not None
-        logprobs = _completion_logprobs(answer, tokens) if told else None
+        wanted = answer.request.logprobs is not None
+        logprobs = _completion_logprobs(answer, tokens) if wanted else None
         return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-class ChatShape:
+class ChatCompletionFormat:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     default_tokens = 512
 
     def opening(self, answer: Answer) -> list[Json]:
-        """The role."""
+        """The assistant's role."""
         delta = {"role": "assistant", "content": ""}
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
         return [choice | _prompt_ids(answer)]
 
     def chunk(self, answer: Answer, piece: Piece) -> Json:
-        """Text, log-probabilities."""
+        """Text and log-probabilities."""
         return {
             "index": 0,
             "delta": {"content": piece.text},
@@ -135,7 +135,7 @@ class ChatShape:
         } | _ids(answer, piece.tokens)
 
     def closing(self, finish_reason: str) -> Json:
-        """No more text."""
+        """Only the reason for the end."""
         return {"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
 
     def whole(self, answer: Answer, piece: Piece, finish_reason: str) -> Json:
@@ -152,26 +152,26 @@ class ChatShape:
         )
 
 
-def response(shape: Shape, answer: Answer, choice: Json, tokens: int) -> Json:
-    """A whole response around its choice."""
-    head = _head(shape.prefix, shape.kind, answer)
+def response(form: ResponseFormat, answer: Answer, choice: Json, tokens: int) -> Json:
+    """A whole response with its choice."""
+    head = _head(form.prefix, form.kind, answer)
     return {**head, "choices": [choice], "usage": usage(answer, tokens)}
 
 
-def chunk_response(shape: Shape, answer: Answer, choice: Json) -> Json:
-    """A chunk around its choice; `usage` is null where the last chunk will tell it."""
-    chunk = {**_head(shape.prefix, shape.chunk_kind, answer), "choices": [choice]}
+def chunk_response(form: ResponseFormat, answer: Answer, choice: Json) -> Json:
+    """A chunk with its choice; `usage` is null if the last chunk will contain it."""
+    chunk = {**_head(form.prefix, form.chunk_kind, answer), "choices": [choice]}
     return {**chunk, "usage": None} if answer.request.include_usage else chunk
 
 
-def usage_chunk(shape: Shape, answer: Answer, tokens: int) -> Json:
-    """The last chunk, where `include_usage` asks for it: no choices, and the usage."""
-    head = _head(shape.prefix, shape.chunk_kind, answer)
+def usage_chunk(form: ResponseFormat, answer: Answer, tokens: int) -> Json:
+    """The last chunk if `include_usage` asks for it: no choices, only the usage."""
+    head = _head(form.prefix, form.chunk_kind, answer)
     return {**head, "choices": [], "usage": usage(answer, tokens)}
 
 
 def usage(answer: Answer, tokens: int) -> Json:
-    """How many tokens went in and came out."""
+    """The numbers of prompt tokens and generated tokens."""
     prompt = len(answer.prompt_ids)
     return {
         "prompt_tokens": prompt,
@@ -195,12 +195,13 @@ def _prompt_ids(answer: Answer) -> Json:
 
 
 def _ids(answer: Answer, tokens: Sequence[TokenInfo]) -> Json:
-    asked = answer.request.return_token_ids
-    return {"token_ids": [token.id for token in tokens]} if asked else {}
+    if not answer.request.return_token_ids:
+        return {}
+    return {"token_ids": [token.id for token in tokens]}
 
 
 def _completion_logprobs(answer: Answer, tokens: Sequence[TokenInfo]) -> Json:
-    """Four lists, a place for each token; the first token of all has no log-probability."""
+    """Four lists with a value for each token; the first prompt token has no log-probability."""
     offsets = []
     for token in tokens:
         offsets.append(answer.offset)
@@ -232,9 +233,3 @@ def _chat_logprobs(answer: Answer, tokens: Sequence[TokenInfo]) -> Json | None:
         for token in tokens
     ]
     return {"content": content, "refusal": None}
-
-
-SHAPES: dict[str, Shape] = {
-    "/v1/completions": CompletionShape(),
-    "/v1/chat/completions": ChatShape(),
-}

@@ -1,7 +1,7 @@
-"""What all routes share: the engine, the settings, reading bodies, and following a stream.
+"""What the routes share: the engine, the settings, reading bodies and reading streams.
 
-A stream is followed until its end, until the client goes away or until its time is up; in the last
-two cases its row is freed. Knows nothing of routes and shapes.
+A stream is read until it ends, the client disconnects or the time is up; in the last two cases its
+row is freed. Does not know the routes or the response formats.
 """
 
 import asyncio
@@ -25,25 +25,27 @@ import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 ADAPTER_THREADS = 4
+CLIENT_GONE = 499  # a status that nobody reads, for the count of responses
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How the server is set up.
+    """The server's settings.
 
     Attributes:
-        model: the base's name in requests and answers.
-        adapters_folder: below which adapters may be loaded, links resolved; `None` for nowhere.
-        allow_load: whether clients may load and unload.
-        api_key: that clients must send; `None` for none.
-        hosts: names by which clients may call a server without a key, so that no page of another
-            site can reach it through its visitor's browser; `None` for any.
-        max_body_bytes: of a request.
-        max_tokens: that a request may ask for.
-        timeout_seconds: from the arrival of a request to the end of its answer.
-        body_seconds: for a body to arrive.
+        model: the base model's name in requests and responses.
+        adapters_folder: the folder that adapters may be loaded from, with links resolved; `None` if
+            none may be.
+        allow_load: whether clients may load and unload adapters.
+        api_key: the key that clients must send; `None` if none is required.
+        hosts: the host names that a server without a key answers to, so that a page of another site
+            cannot reach it through a visitor's browser; `None` for any.
+        max_body_bytes: largest request body.
+        max_tokens: longest answer that a request may ask for.
+        timeout_seconds: how long an answer may take, from the request's arrival to its end.
+        body_seconds: how long a body may take to arrive.
     """
 
     model: str
@@ -59,14 +61,16 @@ class ServerSettings:
 
 @dataclass
 class Service:
-    """What routes work with.
+    """The state that all routes share.
 
     Attributes:
-        engine: that answers.
-        tokenizer: of its model.
-        settings: of the server.
-        scales: of adapters by name, for requests that name none, as llama.cpp keeps them.
-        responses: how many there were by path and status.
+        engine: the engine that answers.
+        tokenizer: the model's tokenizer.
+        settings: the server's settings.
+        scales: scales by adapter for requests that name no adapter, as in llama.cpp's server.
+        responses: number of responses by path and status.
+        chat: formats chats for the model.
+        created: when the server started, in seconds since 1970.
     """
 
     engine: Engine
@@ -80,23 +84,23 @@ class Service:
         self.created = int(time.time())
         self.adapter_threads = anyio.CapacityLimiter(ADAPTER_THREADS)
 
-    async def change_adapters(self, work: Callable[[], Result]) -> Result:
-        """Load or unload in a thread; apart from those of requests, for it can wait long."""
+    async def change_adapters(self, work: Callable[[], _Result]) -> _Result:
+        """Load or unload an adapter in a separate pool of threads, because it can take long."""
         return await anyio.to_thread.run_sync(work, limiter=self.adapter_threads)
 
 
 def service_of(request: Request) -> Service:
-    """The service of the app that a request came to."""
+    """The service of the app that received a request."""
     service: Service = request.app.state.service
     return service
 
 
 async def read_json(request: Request) -> Any:
-    """The JSON of a request's body.
+    """Read a request's body as JSON.
 
     Raises:
-        HttpError: the body is too long, too slow or no JSON.
-        ClientDisconnect: the client went away.
+        HttpError: the body is too long, too slow or not JSON.
+        ClientDisconnect: the client disconnected.
     """
     settings = service_of(request).settings
     limit = settings.max_body_bytes
@@ -111,20 +115,20 @@ async def read_json(request: Request) -> Any:
                 if len(body) > limit:
                     raise too_long
     except TimeoutError:
-        late = f"the body did not arrive within {settings.body_seconds:g} s"
-        raise HttpError(408, late, code="timeout", headers={"Connection": "close"}) from None
+        message = f"the body did not arrive within {settings.body_seconds:g} s"
+        raise HttpError(408, message, code="timeout", headers={"Connection": "close"}) from None
     return parse_json(bytes(body))
 
 
-class Follower:
-    """Takes the pieces of a stream as they come, on behalf of a client.
+class StreamReader:
+    """Reads the pieces of a stream for a client, as they come.
 
-    A context: on leaving it the stream is cancelled, which does nothing to one that has ended.
+    A context manager that cancels the stream at the end, which has no effect if it has ended.
 
     Args:
-        stream: of the engine.
-        receive: tells when the client goes away; the request's body must have been read.
-        seconds: until the answer must have ended.
+        stream: the engine's stream.
+        receive: reports that the client disconnects; the request's body must have been read.
+        seconds: how long the answer may take.
     """
 
     def __init__(self, stream: Stream, receive: Receive, seconds: float) -> None:
@@ -133,12 +137,12 @@ class Follower:
         self._seconds = seconds
         self._ready = asyncio.Event()
 
-    async def __aenter__(self) -> "Follower":
+    async def __aenter__(self) -> "StreamReader":
         loop = asyncio.get_running_loop()
         self._end = loop.time() + self._seconds
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop may have been closed since
+            with contextlib.suppress(RuntimeError):  # the event loop may be closed by now
                 loop.call_soon_threadsafe(self._ready.set)
 
         self._stream.subscribe(wake)
@@ -153,9 +157,9 @@ class Follower:
         """The next piece, or `None` at the end.
 
         Raises:
-            HttpError: the time is up, or the server shuts down.
-            ClientDisconnect: the client went away.
-            EngineError: what the request failed of.
+            HttpError: the time is up.
+            ClientDisconnect: the client disconnected.
+            EngineError: the request failed, or the server is shutting down.
         """
         while True:
             self._ready.clear()
@@ -168,20 +172,20 @@ class Follower:
                 raise (
                     ClientDisconnect
                     if self._watcher.done()
-                    else EngineClosed("the server shuts down before the answer was complete")
+                    else EngineClosed("the server shut down before the answer was complete")
                 )
             return piece
 
     async def all(self) -> Piece:
-        """All pieces as one."""
+        """All pieces, joined."""
         pieces = []
         while (piece := await self.next()) is not None:
             pieces.append(piece)
         text = "".join(piece.text for piece in pieces)
         return Piece(text, [token for piece in pieces for token in piece.tokens])
 
-    async def within_time(self, work: Awaitable[Result]) -> Result:
-        """Await something no longer than the answer may take.
+    async def within_time(self, work: Awaitable[_Result]) -> _Result:
+        """Await something for as long as the answer may take.
 
         Raises:
             HttpError: the time is up.
@@ -194,7 +198,7 @@ class Follower:
             raise HttpError(504, message, code="timeout") from None
 
     async def _watch(self) -> None:
-        """Cancel the stream when the client goes away."""
+        """Cancel the stream when the client disconnects."""
         message: Message = {"type": ""}
         while message["type"] != "http.disconnect":
             message = await self._receive()

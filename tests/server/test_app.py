@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
 
-from graft.server.app import PAGE
+from graft.server.routes.page import PAGE
 
 import pytest
 

@@ -13,7 +13,13 @@ from graft.engine.errors import (
     TooManyAdapters,
 )
 from graft.errors import InputError, RunError
-from graft.server.errors import HttpError, error_body, http_error
+from graft.server.errors import (
+    LLAMA_CPP_ERRORS,
+    OPENAI_ERRORS,
+    VLLM_ERRORS,
+    HttpError,
+    http_error,
+)
 
 import pytest
 
@@ -21,7 +27,7 @@ NOT_FOUND = HttpError(404, "there is none", param="model", code="model_not_found
 
 
 def test_openai_tells_a_kind_a_field_and_a_word() -> None:
-    assert error_body(NOT_FOUND, "/v1/completions") == {
+    assert OPENAI_ERRORS.body(NOT_FOUND) == {
         "error": {
             "message": "there is none",
             "type": "invalid_request_error",
@@ -36,7 +42,7 @@ def test_openai_tells_a_kind_a_field_and_a_word() -> None:
     [(400, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")],
 )
 def test_openai_s_kinds_follow_the_status(status: int, kind: str) -> None:
-    error = error_body(HttpError(status, "no"), "/v1/chat/completions")["error"]
+    error = OPENAI_ERRORS.body(HttpError(status, "no"))["error"]
     assert error == {"message": "no", "type": kind, "param": None, "code": None}
 
 
@@ -52,7 +58,7 @@ def test_openai_s_kinds_follow_the_status(status: int, kind: str) -> None:
 )
 def test_vllm_s_code_is_the_status(status: int, kind: str) -> None:
     error = HttpError(status, "no", param="lora_name", code="a_word")
-    assert error_body(error, "/v1/load_lora_adapter") == {
+    assert VLLM_ERRORS.body(error) == {
         "error": {"message": "no", "type": kind, "param": "lora_name", "code": status}
     }
 
@@ -69,7 +75,7 @@ def test_vllm_s_code_is_the_status(status: int, kind: str) -> None:
     ],
 )
 def test_llama_cpp_s_code_is_the_status(status: int, kind: str) -> None:
-    assert error_body(HttpError(status, "no"), "/lora-adapters") == {
+    assert LLAMA_CPP_ERRORS.body(HttpError(status, "no")) == {
         "error": {"code": status, "message": "no", "type": kind}
     }
 
@@ -95,7 +101,7 @@ def test_each_refusal_has_a_status(refusal: Exception, status: int, code: str | 
 
 def test_a_bug_tells_nothing_of_itself() -> None:
     error = http_error(ZeroDivisionError("a secret"))
-    assert (error.status, error.message) == (500, "internal error; the server's log tells more")
+    assert (error.status, error.message) == (500, "internal error; see the server's log")
 
 
 def test_who_may_come_back_is_told_when() -> None:
@@ -107,11 +113,11 @@ def test_who_may_come_back_is_told_when() -> None:
 
 def test_a_long_prompt_tells_its_tokens_and_the_limit() -> None:
     error = http_error(PromptTooLong("too long", tokens=700, limit=512))
-    assert error_body(error, "/lora-adapters")["error"] == {
+    assert LLAMA_CPP_ERRORS.body(error)["error"] == {
         "code": 400,
         "message": "too long",
         "type": "invalid_request_error",
         "n_prompt_tokens": 700,
         "n_ctx": 512,
     }
-    assert error_body(error, "/v1/completions")["error"]["code"] == "context_length_exceeded"
+    assert OPENAI_ERRORS.body(error)["error"]["code"] == "context_length_exceeded"

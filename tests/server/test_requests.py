@@ -69,7 +69,7 @@ def test_a_prompt_is_text_or_ids_or_a_list_of_one_such(prompt: Any, parsed: Any)
 def test_other_prompts_are_refused(prompt: Any) -> None:
     error = refusal(parse_completion, {"prompt": prompt})
     assert error.param == "prompt"
-    assert "one prompt a request" in error.message
+    assert "one prompt per request" in error.message
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
@@ -85,13 +85,13 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     }
     error = refusal(parse_completion, body)
     assert error.message.split("; ") == [
-        'unknown field "max_token" (did you mean max_tokens?)',
-        "prompt is missing: it must be a text or a list of token ids, one prompt a request",
+        "unknown field \"max_token\" (did you mean 'max_tokens'?)",
+        "prompt is missing: it must be a string or a list of token ids, one prompt per request",
         'temperature is "hot": it must be a number from 0 to 2',
         "top_p is 1.5: it must be a number from 0 to 1",
         "max_tokens is true: it must be an integer from 0 to 2147483648",
         "seed is 1.0: it must be an integer from -9223372036854775808 to 9223372036854775807",
-        'stop is [""]: it must be a text, or a list of up to 16, none empty',
+        'stop is [""]: it must be a string, or a list of up to 16, none empty',
         "stream is 1: it must be true or false",
         "logprobs is -1: it must be an integer from 0 to 20",
     ]

@@ -5,8 +5,9 @@ from typing import Any
 from graft.engine.streams import Piece, TokenInfo
 from graft.server.requests import GenerationRequest
 from graft.server.responses import (
-    SHAPES,
     Answer,
+    ChatCompletionFormat,
+    CompletionFormat,
     chunk_response,
     response,
     usage_chunk,
@@ -16,7 +17,7 @@ A = TokenInfo(5, " a", b" a", -0.5, [(5, " a", -0.5), (6, " b", -1.5)])
 HALF = TokenInfo(9, "\ufffd", b"\xc3", -0.25, [(9, "\ufffd", -0.25)])
 FIRST = TokenInfo(1, "", b"")
 PROMPT = TokenInfo(3, "Hi", b"Hi", -2.0, [(4, "Ho", -1.0)])
-TEXT, CHAT = SHAPES["/v1/completions"], SHAPES["/v1/chat/completions"]
+TEXT, CHAT = CompletionFormat(), ChatCompletionFormat()
 
 
 def answer(**request: Any) -> Answer:

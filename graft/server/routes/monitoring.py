@@ -1,4 +1,4 @@
-"""Whether the server is well, and what it has done, for Prometheus.
+"""Routes for monitoring: the server's health, and metrics for Prometheus.
 
 Reference: https://prometheus.io/docs/instrumenting/exposition_formats/
 """
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graft.engine.stats import EngineStats
+from graft.server.errors import LLAMA_CPP_ERRORS
+from graft.server.routes import route
 from graft.server.service import Service, service_of
 
 from starlette.requests import Request
@@ -21,10 +23,10 @@ class Metric:
     """A metric with its samples.
 
     Attributes:
-        name: after `graft_`.
+        name: name without the prefix `graft_`.
         kind: "counter" or "gauge".
-        text: what it is.
-        samples: labels and values.
+        text: what it measures.
+        samples: pairs of labels and value.
     """
 
     name: str
@@ -33,19 +35,21 @@ class Metric:
     samples: Iterable[tuple[Labels, float]]
 
 
+@route("GET", "/health", errors=LLAMA_CPP_ERRORS, needs_key=False)
 async def health(request: Request) -> Response:
-    """GET /health: 200 as long as the engine's thread and this one answer."""
+    """Answer 200 as long as the engine and the server respond."""
     service_of(request).engine.stats()
     return JSONResponse({"status": "ok"})
 
 
+@route("GET", "/metrics")
 async def metrics(request: Request) -> Response:
-    """GET /metrics."""
+    """The metrics in Prometheus' text format."""
     return Response(exposition(collect(service_of(request))), media_type=CONTENT_TYPE)
 
 
 def collect(service: Service) -> list[Metric]:
-    """What the server has done and is doing."""
+    """The current metrics of the server."""
     stats = service.engine.stats()
     return [*_of_engine(stats), *_of_adapters(stats, service), *_of_http(service)]
 
@@ -57,8 +61,8 @@ def exposition(metrics: Iterable[Metric]) -> str:
         name = f"graft_{metric.name}"
         lines += [f"# HELP {name} {metric.text}", f"# TYPE {name} {metric.kind}"]
         for labels, value in metric.samples:
-            told = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-            lines.append(f"{name}{{{told}}} {value}" if told else f"{name} {value}")
+            label_text = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+            lines.append(f"{name}{{{label_text}}} {value}" if label_text else f"{name} {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -68,18 +72,21 @@ def _escaped(text: str) -> str:
 
 def _of_engine(stats: EngineStats) -> list[Metric]:
     gauges = {
-        "requests_running": ("Requests that have a row.", stats.running),
-        "requests_queued": ("Requests that wait for a row.", stats.queued),
-        "rows_per_step": ("Rows of a step, on average since the start.", stats.rows_per_step),
-        "tokens_per_second": ("Generated over the last seconds.", stats.tokens_per_second),
-        "prompt_cache_bytes": ("Keys and values of known prompts.", stats.prompt_cache_bytes),
-        "adapter_bytes": ("Adapters in memory.", stats.bank_bytes),
-        "adapter_limit_bytes": ("What adapters can take.", stats.bank_limit_bytes),
+        "requests_running": ("Requests being computed.", stats.running),
+        "requests_queued": ("Requests waiting in the queue.", stats.queued),
+        "rows_per_step": ("Mean number of requests per step since the start.", stats.rows_per_step),
+        "tokens_per_second": ("Recent rate of generated tokens.", stats.tokens_per_second),
+        "prompt_cache_bytes": ("Memory of cached prompts.", stats.prompt_cache_bytes),
+        "adapter_bytes": ("Memory of loaded adapters.", stats.bank_bytes),
+        "adapter_limit_bytes": ("Most memory that adapters can take.", stats.bank_limit_bytes),
     }
     counters = {
-        "steps_total": ("Steps of the batch.", stats.steps),
-        "prompt_cache_hits_total": ("Prompts of which a part was known.", stats.prompt_cache_hits),
-        "prompt_cache_misses_total": ("Prompts all new.", stats.prompt_cache_misses),
+        "steps_total": ("Steps computed.", stats.steps),
+        "prompt_cache_hits_total": (
+            "Prompts found in the cache.",
+            stats.prompt_cache_hits,
+        ),
+        "prompt_cache_misses_total": ("Prompts not found in the cache.", stats.prompt_cache_misses),
     }
     return [
         Metric(name, kind, text, [({}, value)])
@@ -89,14 +96,14 @@ def _of_engine(stats: EngineStats) -> list[Metric]:
 
 
 def _of_adapters(stats: EngineStats, service: Service) -> list[Metric]:
-    """By adapter; the base alone has the empty name, as in a request without one."""
+    """Metrics by adapter; requests without an adapter have the empty name."""
     counts = stats.adapters.items()
     loaded = service.engine.adapters()
     return [
         Metric(
             "requests_total",
             "counter",
-            "Requests that have ended.",
+            "Requests finished, cancelled or failed.",
             [({"adapter": name}, count.requests) for name, count in counts],
         ),
         Metric(
@@ -108,7 +115,7 @@ def _of_adapters(stats: EngineStats, service: Service) -> list[Metric]:
         Metric(
             "adapter_requests",
             "gauge",
-            "Requests that run or wait with a loaded adapter.",
+            "Requests running or queued with a loaded adapter.",
             [({"adapter": info.name}, info.requests) for info in loaded],
         ),
     ]
@@ -119,4 +126,4 @@ def _of_http(service: Service) -> list[Metric]:
         ({"path": path, "status": str(status)}, count)
         for (path, status), count in sorted(service.responses.items())
     ]
-    return [Metric("http_responses_total", "counter", "Responses begun.", samples)]
+    return [Metric("http_responses_total", "counter", "Responses started.", samples)]

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's interface: models, completions and chat completions.
+"""Routes of OpenAI's interface: models, completions and chat completions.
 
 Reference: https://platform.openai.com/docs/api-reference
 """
@@ -14,18 +14,20 @@ from typing import Any
 from graft.data.chat_template import ChatError
 from graft.engine.streams import Stream
 from graft.errors import InputError, RunError
-from graft.server.errors import HttpError, http_error, openai_body
+from graft.server.adapter_choice import chosen_adapters, no_such_model, shown_path
+from graft.server.errors import OPENAI_ERRORS, HttpError, http_error
 from graft.server.requests import GenerationRequest, parse_chat, parse_completion
 from graft.server.responses import (
-    SHAPES,
     Answer,
-    Shape,
+    ChatCompletionFormat,
+    CompletionFormat,
+    ResponseFormat,
     chunk_response,
     response,
     usage_chunk,
 )
-from graft.server.routes.adapters import chosen_adapters, shown_path
-from graft.server.service import Follower, Service, read_json, service_of
+from graft.server.routes import route
+from graft.server.service import Service, StreamReader, read_json, service_of
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -33,95 +35,107 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 LOG = logging.getLogger("uvicorn.error")
-LAST_SECONDS = 5  # for what is sent after the answer, or its time, has ended
-CLIENT_GONE = 499  # nobody reads it; the count of responses tells it
+LAST_SECONDS = 5  # for sending the last event after the answer, or its time, has ended
 
 
+@route("GET", "/v1/models")
 async def models(request: Request) -> Response:
-    """GET /v1/models: the base, and the adapters as its children."""
+    """List the base model, and the adapters as its children."""
     return JSONResponse({"object": "list", "data": _models(service_of(request))})
 
 
+@route("GET", "/v1/models/{name:path}")
 async def model(request: Request) -> Response:
-    """GET /v1/models/NAME."""
+    """Describe one model."""
     name = request.path_params["name"]
-    for one in _models(service_of(request)):
-        if one["id"] == name:
-            return JSONResponse(one)
-    message = f"The model `{name}` does not exist."
-    raise HttpError(404, message, param="model", code="model_not_found")
+    for description in _models(service_of(request)):
+        if description["id"] == name:
+            return JSONResponse(description)
+    raise no_such_model(name)
 
 
+@route("POST", "/v1/completions")
 async def completions(request: Request) -> Response:
-    """POST /v1/completions and /v1/chat/completions."""
-    service, shape = service_of(request), SHAPES[request.url.path]
-    chat = request.url.path == "/v1/chat/completions"
-    body = await read_json(request)
-    wanted = parse_chat(body) if chat else parse_completion(body)
-    length = _length(wanted, shape, service)
-    # In a thread, for a long prompt takes its time to tokenize.
-    answer, stream = await run_in_threadpool(_submit, service, wanted, length)
+    """Continue a prompt."""
+    wanted = parse_completion(await read_json(request))
+    return await _generate(request, wanted, CompletionFormat())
+
+
+@route("POST", "/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """Answer the last message of a chat."""
+    wanted = parse_chat(await read_json(request))
+    return await _generate(request, wanted, ChatCompletionFormat())
+
+
+async def _generate(request: Request, wanted: GenerationRequest, form: ResponseFormat) -> Response:
+    service = service_of(request)
+    max_tokens = _max_tokens(wanted, form, service)
+    # In a thread, because tokenizing a long prompt takes time.
+    answer, stream = await run_in_threadpool(_submit, service, wanted, max_tokens)
     if wanted.stream:
-        return EventStream(shape, answer, stream, service.settings.timeout_seconds)
-    async with Follower(stream, request.receive, service.settings.timeout_seconds) as follower:
-        piece = await follower.all()
-    _take_prompt(answer, stream)
-    choice = shape.whole(answer, piece, str(stream.finish_reason))
-    return JSONResponse(response(shape, answer, choice, len(piece.tokens)))
+        return EventStream(form, answer, stream, service.settings.timeout_seconds)
+    async with StreamReader(stream, request.receive, service.settings.timeout_seconds) as reader:
+        piece = await reader.all()
+    _add_prompt(answer, stream)
+    choice = form.whole(answer, piece, str(stream.finish_reason))
+    return JSONResponse(response(form, answer, choice, len(piece.tokens)))
 
 
 class EventStream(Response):
-    """An answer in server-sent events, one a piece, each a chunk in JSON.
+    """An answer as server-sent events: one JSON chunk for each piece.
 
-    What goes wrong after the first event is told in an event, as OpenAI's clients expect.
+    An error after the first event is sent as an event, as OpenAI's clients expect.
 
     Args:
-        shape: of the chunks.
-        answer: what they tell besides the pieces.
-        stream: of the engine; whatever happens, its row is free afterwards.
-        seconds: until it must have ended.
+        form: the format of the chunks.
+        answer: the answer's data besides its pieces.
+        stream: the engine's stream; its row is free at the end, whatever happens.
+        seconds: how long the answer may take.
     """
 
-    def __init__(self, shape: Shape, answer: Answer, stream: Stream, seconds: float) -> None:
+    def __init__(
+        self, form: ResponseFormat, answer: Answer, stream: Stream, seconds: float
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._shape, self._answer = shape, answer
+        self._form, self._answer = form, answer
         self._stream, self._seconds = stream, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the end, or until the client is gone."""
-        async with Follower(self._stream, receive, self._seconds) as follower:
+        """Send the events until the end, or until the client disconnects."""
+        async with StreamReader(self._stream, receive, self._seconds) as reader:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                await self._send_all(follower, send)
+                await self._send_all(reader, send)
             except ClientDisconnect:
                 return
             except Exception as error:
                 if not isinstance(error, HttpError | InputError | RunError):
                     LOG.exception("a stream failed")
                 self._stream.cancel()
-                await _send_last(send, openai_body(http_error(error)))
+                await _send_last(send, OPENAI_ERRORS.body(http_error(error)))
             await _send_last(send)
 
-    async def _send_all(self, follower: Follower, send: Send) -> None:
-        shape, answer, tokens = self._shape, self._answer, 0
+    async def _send_all(self, reader: StreamReader, send: Send) -> None:
+        form, answer, tokens = self._form, self._answer, 0
 
-        async def tell(choice: dict[str, Any]) -> None:
-            chunk = chunk_response(shape, answer, choice)
-            await follower.within_time(_send_event(send, chunk))
+        async def send_choice(choice: dict[str, Any]) -> None:
+            chunk = chunk_response(form, answer, choice)
+            await reader.within_time(_send_event(send, chunk))
 
-        piece = await follower.next()
-        _take_prompt(answer, self._stream)
-        for choice in shape.opening(answer):
-            await tell(choice)
+        piece = await reader.next()
+        _add_prompt(answer, self._stream)
+        for choice in form.opening(answer):
+            await send_choice(choice)
         while piece is not None:
             if piece.text or piece.tokens:
-                await tell(shape.chunk(answer, piece))
+                await send_choice(form.chunk(answer, piece))
             tokens += len(piece.tokens)
-            piece = await follower.next()
-        await tell(shape.closing(str(self._stream.finish_reason)))
+            piece = await reader.next()
+        await send_choice(form.closing(str(self._stream.finish_reason)))
         if answer.request.include_usage:
-            await _send_event(send, usage_chunk(shape, answer, tokens))
+            await _send_event(send, usage_chunk(form, answer, tokens))
 
 
 async def _send_event(send: Send, content: dict[str, Any]) -> None:
@@ -130,7 +144,7 @@ async def _send_event(send: Send, content: dict[str, Any]) -> None:
 
 
 async def _send_last(send: Send, content: dict[str, Any] | None = None) -> None:
-    """Send an event, or the end, to a client that may have ceased to read."""
+    """Send an event or the end mark to a client that may have stopped reading."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_SECONDS):
             if content is not None:
@@ -139,19 +153,19 @@ async def _send_last(send: Send, content: dict[str, Any] | None = None) -> None:
                 await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def _submit(service: Service, wanted: GenerationRequest, length: int) -> tuple[Answer, Stream]:
-    """Hand a request to the engine.
+def _submit(service: Service, wanted: GenerationRequest, max_tokens: int) -> tuple[Answer, Stream]:
+    """Submit a request to the engine.
 
     Raises:
-        HttpError: it names an adapter that there is not, or messages that the template refuses.
-        EngineError: the engine refuses it.
+        HttpError: an adapter does not exist, or the template refuses the messages.
+        EngineError: the engine refuses the request.
     """
     adapters = chosen_adapters(service, wanted)
     ids = _prompt_ids(service, wanted)
     stream = service.engine.submit(
         ids,
         adapters=adapters,
-        max_tokens=length,
+        max_tokens=max_tokens,
         temperature=wanted.temperature,
         top_p=wanted.top_p,
         seed=None if wanted.seed is None else wanted.seed % 2**64,
@@ -168,7 +182,7 @@ def _submit(service: Service, wanted: GenerationRequest, length: int) -> tuple[A
 def _prompt_ids(service: Service, wanted: GenerationRequest) -> list[int]:
     if wanted.messages:
         try:
-            with service.engine.encoding:
+            with service.engine.tokenizer_lock:
                 return service.chat.prompt_ids(wanted.messages, wanted.tools)
         except ChatError as error:
             raise HttpError(400, str(error), param="messages") from None
@@ -180,23 +194,27 @@ def _prompt_ids(service: Service, wanted: GenerationRequest) -> list[int]:
 def _prompt_text(service: Service, wanted: GenerationRequest) -> str:
     if isinstance(wanted.prompt, str):
         return wanted.prompt
-    with service.engine.encoding:
+    with service.engine.tokenizer_lock:
         return service.tokenizer.decode(wanted.prompt)
 
 
-def _take_prompt(answer: Answer, stream: Stream) -> None:
-    """What the engine tells of the prompt from the first piece on."""
+def _add_prompt(answer: Answer, stream: Stream) -> None:
+    """Copy what the stream reports about the prompt, which is complete at the first piece."""
     answer.cached_tokens = stream.cached_tokens
     answer.prompt = stream.prompt
 
 
-def _length(wanted: GenerationRequest, shape: Shape, service: Service) -> int:
-    """How many tokens an answer may have: what was asked for, or the interface's default."""
+def _max_tokens(wanted: GenerationRequest, form: ResponseFormat, service: Service) -> int:
+    """The longest answer: as requested, or the interface's default.
+
+    Raises:
+        HttpError: more was requested than the server allows.
+    """
     limit = service.settings.max_tokens
     if wanted.max_tokens is None:
-        return min(shape.default_tokens, limit)
+        return min(form.default_tokens, limit)
     if wanted.max_tokens > limit:
-        message = f"max_tokens is {wanted.max_tokens}: this server gives at most {limit}"
+        message = f"max_tokens is {wanted.max_tokens}: this server allows at most {limit}"
         raise HttpError(400, message, param="max_tokens")
     return wanted.max_tokens
 
@@ -208,5 +226,5 @@ def _models(service: Service) -> list[dict[str, Any]]:
         {"id": info.name, **head, "root": shown_path(service, info), "parent": base}
         for info in service.engine.adapters()
     ]
-    own = {"root": base, "parent": None, "has_chat_template": service.chat.has_template}
-    return [{"id": base, **head, **own}, *children]
+    base_fields = {"root": base, "parent": None, "has_chat_template": service.chat.has_template}
+    return [{"id": base, **head, **base_fields}, *children]

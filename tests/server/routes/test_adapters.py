@@ -86,8 +86,8 @@ def test_vllm_s_fields_are_checked_together(live: Live) -> None:
     status, content = load(live, 5, ["x"], load_inplace="yes")
     assert status == 400
     assert content["error"]["message"] == (
-        "lora_name is 5: it must be a text that is not empty; "
-        'lora_path is ["x"]: it must be a text that is not empty; '
+        "lora_name is 5: it must be a string that is not empty; "
+        'lora_path is ["x"]: it must be a string that is not empty; '
         'load_inplace is "yes": it must be true or false'
     )
 
@@ -216,7 +216,7 @@ def test_nothing_outside_the_folder_is_read(live: Live, tmp_path: Path, way: str
     status, content = load(live, "third", path)
     assert status == 403
     assert content["error"] == {
-        "message": f"{path!r} is not below the adapters folder",
+        "message": f"{path!r} is not inside the adapters folder",
         "type": "PermissionDeniedError",
         "param": None,
         "code": 403,
@@ -292,7 +292,7 @@ def test_llama_cpp_s_array_holds_ids_and_scales(live: Live) -> None:
 
 
 def test_an_unknown_id_is_not_found(live: Live) -> None:
-    message = "there is no adapter 7, 9: loaded are 0 (small), 1 (large)"
+    message = "there is no adapter 7, 9; loaded: 0 (small), 1 (large)"
     unknown = [{"id": 9, "scale": 1}, {"id": 7, "scale": 1}, {"id": 0, "scale": 1}]
     assert live.post("/lora-adapters", unknown) == (
         404,
@@ -349,5 +349,5 @@ def test_an_adapter_is_told_one_way(live: Live) -> None:
     status, content = live.post("/v1/completions", body)
     assert status == 400
     assert content["error"]["message"] == (
-        "model and lora and adapters tell adapters: use one of them"
+        "model and lora and adapters name adapters: use only one of them"
     )

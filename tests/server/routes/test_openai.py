@@ -296,7 +296,7 @@ def test_ids_outside_the_vocabulary_are_refused(live: Live, prompt: list[int]) -
     [
         (EngineFailed("a step failed"), "a step failed"),
         (RunError("no memory"), "no memory"),
-        (ZeroDivisionError("a bug"), "internal error; the server's log tells more"),
+        (ZeroDivisionError("a bug"), "internal error; see the server's log"),
     ],
 )
 def test_what_fails_after_the_first_event_is_told_in_an_event(

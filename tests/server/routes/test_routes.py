@@ -1,0 +1,45 @@
+"""Each route is declared once, and everything else reads the declaration."""
+
+import re
+
+from graft.server.errors import LLAMA_CPP_ERRORS, OPENAI_ERRORS, VLLM_ERRORS
+from graft.server.routes import all_routes
+from graft.server.routes.page import PAGE
+
+from support.paths import ROOT
+
+ROUTES = {(route.method, route.path): route for route in all_routes()}
+PATHS = {route.path for route in ROUTES.values()}
+
+
+def test_each_route_is_declared_once() -> None:
+    assert len(ROUTES) == len(all_routes())
+
+
+def test_errors_have_the_format_of_the_interface() -> None:
+    formats = {
+        "/v1/load_lora_adapter": VLLM_ERRORS,
+        "/v1/unload_lora_adapter": VLLM_ERRORS,
+        "/lora-adapters": LLAMA_CPP_ERRORS,
+        "/health": LLAMA_CPP_ERRORS,
+    }
+    for route in ROUTES.values():
+        assert route.errors is formats.get(route.path, OPENAI_ERRORS), route.path
+
+
+def test_only_the_page_and_the_health_need_no_key() -> None:
+    assert {route.path for route in ROUTES.values() if not route.needs_key} == {"/", "/health"}
+
+
+def test_the_docs_name_routes_that_exist() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`(?:GET |POST )?(/(?:v1/[\w/]+|lora-adapters|health|metrics))\b", page)
+    )
+    assert len(named) > 4 and named <= PATHS
+
+
+def test_the_page_calls_routes_that_exist() -> None:
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    called = set(re.findall(r'"(v1/[\w/]+)"', script))
+    assert called and {f"/{path}" for path in called} <= PATHS
