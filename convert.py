@@ -10,7 +10,6 @@ far below the model's size.
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,14 @@ from typing import Any, cast
 
 from graft.cli.command import command
 from graft.errors import InputError
-from graft.pretrained.hugging_face import find_folder, open_hugging_face_folder
+from graft.pretrained.companions import copy_files, find_tokenizer
+from graft.pretrained.folder import (
+    CONVERTIBLE,
+    find_folder,
+    has_hugging_face_layout,
+    has_meta_layout,
+)
+from graft.pretrained.hugging_face import open_hugging_face_folder
 from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.meta import open_meta_folder
 from graft.pretrained.mlx_names import (
@@ -50,17 +56,6 @@ WRITERS = {
     "npz": ("weights.npz", write_npz),
     "safetensors": ("model.safetensors", write_safetensors),
 }
-# One of the first group makes a tokenizer; the others go along. Never code.
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
-TOKENIZER_EXTRAS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
-
 Tensors = dict[str, LazyTensor]
 
 
@@ -187,43 +182,20 @@ def open_source(torch_path: str | Path | None, hf_path: str | Path | None) -> So
     if (torch_path is None) == (hf_path is None):
         raise InputError("give one of --torch-path (Meta's layout) and --hf-path (Hugging Face's)")
     if hf_path is not None:
-        folder = find_folder(str(hf_path), (*TOKENIZERS, *TOKENIZER_EXTRAS))
-        if _has_layout(folder, "params.json", but_not="config.json"):
+        folder = find_folder(hf_path, option="--hf-path", weights=CONVERTIBLE)
+        if has_meta_layout(folder):
             raise InputError(f"{folder} has Meta's layout; use --torch-path {folder}")
         config, tensors = open_hugging_face_folder(folder)
-        return Source(folder, config, tensors, tokenizer_files(folder))
+        return Source(folder, config, tensors, find_tokenizer(folder))
     folder = Path(str(torch_path))
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; --torch-path takes a Meta checkpoint's")
-    if _has_layout(folder, "config.json", but_not="params.json"):
+    if has_hugging_face_layout(folder):
         raise InputError(f"{folder} has Hugging Face's layout; use --hf-path {folder}")
     config, tensors = open_meta_folder(folder)
     # Meta's own download keeps one tokenizer beside the folders of all sizes.
-    tokenizer = tokenizer_files(folder, folder.parent / "tokenizer.model")
+    tokenizer = find_tokenizer(folder, fallback=folder.parent / "tokenizer.model")
     return Source(folder, config, tensors, tokenizer)
-
-
-def _has_layout(folder: Path, name: str, *, but_not: str) -> bool:
-    return (folder / name).exists() and not (folder / but_not).exists()
-
-
-def tokenizer_files(folder: Path, elsewhere: Path | None = None) -> list[Path]:
-    """The files of a tokenizer.
-
-    Args:
-        folder: where they are.
-        elsewhere: what makes a tokenizer if the folder has none.
-
-    Raises:
-        InputError: there is no tokenizer.
-    """
-    found = [file for pattern in TOKENIZERS for file in folder.glob(pattern)]
-    if not found and elsewhere is not None and elsewhere.is_file():
-        found = [elsewhere]
-    if not found:
-        raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); copy it there")
-    found += [file for pattern in TOKENIZER_EXTRAS for file in folder.glob(pattern)]
-    return [file for file in found if file.is_file() and file.suffix != ".py"]
 
 
 def write_model(
@@ -274,8 +246,7 @@ def write_model(
         config = config | dict.fromkeys(names, str(dtype).removeprefix("mlx.core."))
     towers = getattr(model, "model", {})
     save_config(dict(config), folder / "config.json", keep_vision_config="vision_tower" in towers)
-    for file in source.tokenizer:
-        shutil.copyfile(file, folder / file.name)
+    copy_files(source.tokenizer, folder)
     return Report(folder / WRITERS[file_format][0], parameters, before, after, notes=notes)
 
 

@@ -27,7 +27,8 @@ from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
 from graft.engine.engine import Engine
 from graft.errors import InputError
-from graft.pretrained.load import build_model, find_folder
+from graft.pretrained.folder import find_folder
+from graft.pretrained.load import build_model
 from graft.pretrained.tokenizer import load_tokenizer
 from graft.runtime.cpu import suit_backend
 from graft.training.activation_cache import cache_trunk, is_cut

@@ -235,7 +235,7 @@ def fails(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -> 
         ([], "give one of --torch-path"),
         (["--torch-path", "a", "--hf-path", "b"], "give one of --torch-path"),
         (["--torch-path", "no/such"], "there is no folder no/such"),
-        (["--hf-path", "./no-such"], "there is no folder ./no-such"),
+        (["--hf-path", "./no-such"], "there is no model folder ./no-such"),
         (["--hf-path", "a", "-q", "--q-bits", "7"], "choose one of 2, 3, 4, 5, 6, 8"),
         (["--hf-path", "a", "-q", "--q-bits", "0"], "choose one of 2, 3, 4, 5, 6, 8"),
         (["--hf-path", "a", "-q", "--q-group-size", "48"], "choose one of 32, 64, 128"),

@@ -18,7 +18,8 @@ from graft.adapters.methods import METHODS
 from graft.cli.command import command
 from graft.errors import InputError
 from graft.models import is_quantized, linear_dims, weight_shape
-from graft.pretrained.load import find_folder, read_model
+from graft.pretrained.folder import find_folder
+from graft.pretrained.load import read_model
 from graft.pretrained.module_paths import natural_key
 from graft.training import options as run_options
 from graft.training.options import DEFAULT_ALPHA, Options

@@ -21,8 +21,9 @@ from graft.adapters.rotary import to_halves
 from graft.errors import InputError
 from graft.models import dense_layer, is_quantized, with_arrays
 from graft.pretrained.base_config import BaseModel
-from graft.pretrained.lazy_model import BaseFiles, copy_companions, open_base
-from graft.pretrained.load import EMBEDDED_MODEL, find_folder
+from graft.pretrained.companions import copy_companions
+from graft.pretrained.folder import EMBEDDED_MODEL, find_folder
+from graft.pretrained.lazy_model import BaseFiles, open_base
 from graft.quantization.choose import WHOLE, Quantization, can_quantize, settings_like
 from graft.storage.lazy_tensors import Output, read, size_bytes
 from graft.storage.safetensors import load_safetensors, write_safetensors

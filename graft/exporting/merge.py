@@ -27,8 +27,8 @@ from graft.cli.command import Parser, command
 from graft.errors import InputError
 from graft.exporting.adapter import as_adapter, export, find_base
 from graft.models import dense_weight, weight_shape, with_arrays
+from graft.pretrained.folder import find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
-from graft.pretrained.load import find_folder
 from graft.pretrained.module_paths import natural_key
 from graft.storage.lazy_tensors import read
 

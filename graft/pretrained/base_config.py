@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from graft.adapters.factors import HALVES, INTERLEAVED
 from graft.errors import InputError
-from graft.pretrained.load import find_folder
-from graft.storage.json_file import read_json
+from graft.pretrained.folder import find_folder, read_config
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,3 @@ def read_base_model(name: str | None) -> BaseModel:
         InputError: there is no such model.
     """
     return BaseModel(name, read_config(find_folder(name)))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json of a folder says, or would say if it has Meta's layout.
-
-    Raises:
-        InputError: there is no configuration.
-    """
-    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
-        from graft.pretrained.meta import open_meta_folder
-
-        return open_meta_folder(folder)[0]
-    return read_json(folder / "config.json")

@@ -1,43 +1,59 @@
-"""Hugging Face's layout: a folder, here or on the Hub, and where in its files each tensor lies.
+"""Hugging Face's layout: config.json, and weights in one file or in shards.
 
-Knows safetensors and PyTorch files, whole or in shards. Keeps the names that stand in the files.
+Tensors keep the names that they have in the files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import LazyTensor
+from graft.storage.npz import open_npz
 from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_torch_file
 
-Config = dict[str, Any]
-Tensors = dict[str, LazyTensor]
+Opener = Callable[[Path], Mapping[str, LazyTensor]]
+
+# Names of weight files and what opens them, in order of preference.
+WEIGHT_FILES: tuple[tuple[str, str, Opener], ...] = (
+    ("model", ".safetensors", open_safetensors),
+    ("weights", ".npz", open_npz),
+    ("pytorch_model", ".bin", open_torch_file),
+)
 
 
-def open_hugging_face_folder(folder: Path) -> tuple[Config, Tensors]:
+def open_hugging_face_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Find the tensors of a Hugging Face folder without reading them.
 
     Returns:
-        What `config.json` says, and the tensors by name.
+        The configuration, and the tensors by name.
 
     Raises:
-        InputError: files are missing or damaged, or the model asks to run code of its own.
+        InputError: files are missing or damaged, or the model needs code from its folder.
+    """
+    config = read_hugging_face_config(folder)
+    openers = {suffix: opener for _, suffix, opener in WEIGHT_FILES}
+    tensors: dict[str, LazyTensor] = {}
+    for file in weight_files(folder):
+        tensors |= openers[file.suffix](file)
+    return config, tensors
+
+
+def read_hugging_face_config(folder: Path) -> dict[str, Any]:
+    """The configuration in config.json, with rotary settings under the names that mlx-lm reads.
+
+    Raises:
+        InputError: it is missing or damaged, or the model needs code from its folder.
     """
     config = with_rope_settings(read_json(folder / "config.json"))
     if "model_file" in config:
         raise InputError(f"{folder}/config.json asks to run {config['model_file']}: refused")
-    tensors: Tensors = {}
-    for file in weight_files(folder):
-        safe = file.suffix == ".safetensors"
-        tensors |= open_safetensors(file) if safe else open_torch_file(file)
-    return config, tensors
+    return config
 
 
-def with_rope_settings(config: Config) -> Config:
+def with_rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Repeat the `rope_parameters` of transformers 5 under the names of transformers 4.
 
     Most of mlx-lm's classes read those alone, and without them silently take their own default.
@@ -62,45 +78,26 @@ def with_rope_settings(config: Config) -> Config:
     return config | {n: v for n, v in flat.items() if v is not None and n not in known}
 
 
-def find_folder(name: str, extras: Sequence[str] = ()) -> Path:
-    """A folder as it is, or else what the Hub has under that name.
-
-    Args:
-        name: a folder, or owner/name on the Hub.
-        extras: globs of files to fetch beside the weights and all JSON.
-
-    Raises:
-        InputError: there is neither.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if not is_repo_name(name):
-        raise InputError(
-            f"there is no folder {name}; --hf-path takes one, or owner/name on the Hub"
-        )
-    folder = fetch_from_hub(name, ["*.json", "model*.safetensors", *extras])
-    if not any(folder.glob("model*.safetensors")):
-        folder = fetch_from_hub(name, ["*.json", "pytorch_model*.bin", *extras])
-    return folder
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, safetensors before PyTorch's.
+    """The files with the weights, of the preferred kind if there are several.
 
     Raises:
         InputError: there are none, or the index names files that are missing.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        files = sorted(folder.glob(f"{stem}*.{suffix}"))
-        index = folder / f"{stem}.{suffix}.index.json"
+    for stem, suffix, _ in WEIGHT_FILES:
+        files = sorted(folder.glob(f"{stem}*{suffix}"))
+        index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
-            named = read_json(index).get("weight_map")
-            if not isinstance(named, dict):
-                raise InputError(f"{index} has no weight_map; fetch it again")
-            missing = sorted(set(map(str, named.values())) - {file.name for file in files})
-            if missing:
-                raise InputError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+            _check_index(index, {file.name for file in files})
         if files:
             return files
-    raise InputError(f"{folder} has no weights: model*.safetensors or pytorch_model*.bin")
+    names = ", ".join(f"{stem}*{suffix}" for stem, suffix, _ in WEIGHT_FILES)
+    raise InputError(f"{folder} has no weights: none of {names}")
+
+
+def _check_index(index: Path, files: set[str]) -> None:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index} has no weight_map; fetch it again")
+    if missing := sorted(set(map(str, weight_map.values())) - files):
+        raise InputError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")

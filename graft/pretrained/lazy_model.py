@@ -3,17 +3,14 @@
 Knows the folders that `graft.pretrained.load` reads; knows nothing of adapters.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from graft.errors import InputError
-from graft.pretrained.hugging_face import open_hugging_face_folder, with_rope_settings
+from graft.pretrained.folder import open_folder
 from graft.pretrained.load import build_model, quantize_as_saved
-from graft.pretrained.meta import open_meta_folder
 from graft.pretrained.mlx_names import (
     Tensors,
     parameters_of,
@@ -21,15 +18,9 @@ from graft.pretrained.mlx_names import (
     translated,
     under_mlx_names,
 )
-from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
-from graft.storage.npz import open_npz
 
 import mlx.nn as nn
-
-# What goes along with the weights. Never code.
-COMPANIONS = (".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt")
-NOT_COMPANIONS = ("config.json", "params.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def open_base(folder: Path, scratch: Path) -> Iterator[BaseFiles]:
     Raises:
         InputError: the folder is incomplete or damaged.
     """
-    config, tensors = _open(folder)
+    config, tensors = open_folder(folder)
     if quantization_of(config) and "quantization" not in config:
         config, tensors = translated(folder)
     model = build_model(config)
@@ -75,25 +66,3 @@ def open_base(folder: Path, scratch: Path) -> Iterator[BaseFiles]:
         yield BaseFiles(folder, config, model, tensors)
     finally:
         staged.unlink(missing_ok=True)
-
-
-def _open(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
-        return open_meta_folder(folder)
-    files = sorted(folder.glob("weights*.npz"))
-    if files and not any(folder.glob("model*.safetensors")):
-        tensors: Tensors = {}
-        for file in files:
-            tensors |= open_npz(file)
-        return with_rope_settings(read_json(folder / "config.json")), tensors
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; it is no model folder")
-    return open_hugging_face_folder(folder)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and what else stands beside the weights, but no code."""
-    for file in source.iterdir():
-        index = file.name.endswith(".index.json")
-        if file.suffix in COMPANIONS and not index and file.name not in NOT_COMPANIONS:
-            shutil.copyfile(file, folder / file.name)

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError, first_line
-from graft.pretrained.hub import fetch_from_hub, is_repo_name
+from graft.pretrained.folder import find_folder, read_folder
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
-from graft.storage.tensor_file import read_weight_file
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-
-EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "sapling"
-HUB_FILES = ("*.json", "model*.safetensors", "weights.npz", "tokenizer.model", "*.txt", "*.jinja")
 
 Config = dict[str, Any]
 Weights = dict[str, mx.array]
@@ -44,23 +40,6 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, Co
     return model, load_tokenizer(folder, config.get("eos_token_id")), config
 
 
-def find_folder(name: str | Path | None) -> Path:
-    """The local folder of a model, downloaded from the Hub where `name` is a repository's.
-
-    Raises:
-        InputError: there is no such folder or repository.
-    """
-    if name is None:
-        return EMBEDDED_MODEL
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise InputError(f"{name} is a file; --model takes a folder or a Hub name")
-    if not is_repo_name(str(name)):
-        raise InputError(f"there is no model folder {name}")
-    return fetch_from_hub(str(name), HUB_FILES)
-
-
 def read_model(folder: Path) -> tuple[nn.Module, Config]:
     """Build the architecture that a folder's configuration names and fill in its weights.
 
@@ -69,7 +48,8 @@ def read_model(folder: Path) -> tuple[nn.Module, Config]:
             over or of another shape; all of them named.
     """
     backend.check_compiler()
-    config, weights = _read_folder(folder)
+    config, weights = read_folder(folder)
+    config = _with_end_tokens(config, folder)
     if "quantization" not in config and "quantization_config" in config:
         return _load_foreign_quantization(folder, config)
     model = build_model(config)
@@ -121,24 +101,11 @@ def build_model(config: Config) -> nn.Module:
     return model
 
 
-def _read_folder(folder: Path) -> tuple[Config, Weights]:
-    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
-        from graft.pretrained.meta import read_meta_folder
-
-        return read_meta_folder(folder)
-    from graft.pretrained.hugging_face import with_rope_settings
-
-    config = with_rope_settings(read_json(folder / "config.json"))
-    generation = folder / "generation_config.json"
-    if generation.is_file() and (ids := read_json(generation).get("eos_token_id")) is not None:
-        config["eos_token_id"] = ids
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("weights*.npz"))
-    if not files:
-        raise InputError(
-            f"{folder} has no model*.safetensors or weights.npz; convert PyTorch weights with "
-            "convert.py"
-        )
-    return config, {name: array for file in files for name, array in read_weight_file(file).items()}
+def _with_end_tokens(config: Config, folder: Path) -> Config:
+    """The configuration with all ids that end a text, which generation_config.json lists."""
+    file = folder / "generation_config.json"
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    return config if ids is None else config | {"eos_token_id": ids}
 
 
 def _sanitize(model: nn.Module, weights: Weights, folder: Path) -> Weights:

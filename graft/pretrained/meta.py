@@ -16,14 +16,9 @@ from typing import Any
 from graft.errors import InputError
 from graft.pretrained.module_paths import natural_key
 from graft.storage.json_file import read_json
-from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor, read
+from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor
 from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_torch_file
-
-import mlx.core as mx
-
-Config = dict[str, Any]
-Tensors = dict[str, LazyTensor]
 
 # Meta's name -> mlx-lm's, and the dimension that shards split (None: every shard has the whole).
 _TOP_NAMES: dict[str, tuple[str, int | None]] = {
@@ -59,17 +54,7 @@ _PARAMS: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_meta_folder(folder: Path) -> tuple[Config, dict[str, mx.array]]:
-    """The configuration and all tensors of a Meta folder, in mlx-lm's layout.
-
-    Raises:
-        InputError: as for `open_meta_folder`.
-    """
-    config, tensors = open_meta_folder(folder)
-    return config, {name: read(tensor) for name, tensor in tensors.items()}
-
-
-def open_meta_folder(folder: Path) -> tuple[Config, Tensors]:
+def open_meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Find the tensors of a Meta folder without reading them.
 
     Args:
@@ -126,7 +111,7 @@ def _read_params(path: Path) -> dict[str, Any]:
     return params
 
 
-def _config(params: Mapping[str, Any], tensors: Tensors) -> Config:
+def _config(params: Mapping[str, Any], tensors: dict[str, LazyTensor]) -> dict[str, Any]:
     experts = params.get("moe", {})
     gate = "block_sparse_moe.switch_mlp.gate_proj" if experts else "mlp.gate_proj"
     vocabulary = params.get("vocab_size", -1)
@@ -173,13 +158,13 @@ def _rope_scaling(params: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _size(tensors: Tensors, name: str, axis: int) -> int:
+def _size(tensors: dict[str, LazyTensor], name: str, axis: int) -> int:
     if name not in tensors or len(tensors[name].shape) < 2:
         raise InputError(f"the checkpoint has no matrix {name}")
     return tensors[name].shape[axis]
 
 
-def _joined_tensors(files: Sequence[Path], dim: int) -> Tensors:
+def _joined_tensors(files: Sequence[Path], dim: int) -> dict[str, LazyTensor]:
     """All shards' tensors under mlx-lm's names, whole and with a layer's experts stacked."""
     shards = {
         file.name: open_safetensors(file)
@@ -188,7 +173,7 @@ def _joined_tensors(files: Sequence[Path], dim: int) -> Tensors:
         for file in files
     }
     names = sorted({name for shard in shards.values() for name in shard} - _UNUSED, key=natural_key)
-    joined: Tensors = {}
+    joined: dict[str, LazyTensor] = {}
     experts: dict[str, tuple[LazyTensor, ...]] = {}
     problems: list[str] = []
     for name in names:

@@ -84,7 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def model_name(model: str | None) -> str:
     """The base model's name in requests: its Hub name, or the name of its folder."""
-    from graft.pretrained.load import EMBEDDED_MODEL
+    from graft.pretrained.folder import EMBEDDED_MODEL
 
     if model is None:
         return EMBEDDED_MODEL.name

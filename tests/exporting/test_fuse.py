@@ -198,7 +198,7 @@ def test_a_fused_4_bit_model_keeps_95_percent_of_the_gain(
     import lora
     from graft.data.batches import sample_rows
     from graft.data.examples import load_splits
-    from graft.pretrained.load import EMBEDDED_MODEL
+    from graft.pretrained.folder import EMBEDDED_MODEL
 
     base, adapter = tmp_path / "base", tmp_path / "run" / "adapters.npz"
     convert.convert(base, torch_path=EMBEDDED_MODEL, quantize=True, file_format="safetensors")

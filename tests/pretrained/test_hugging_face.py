@@ -1,72 +1,14 @@
 """Hugging Face's layout, on disk and from the Hub."""
 
 from pathlib import Path
-from typing import Any
 
 from graft.errors import InputError
-from graft.pretrained.hugging_face import (
-    find_folder,
-    open_hugging_face_folder,
-    weight_files,
-    with_rope_settings,
-)
+from graft.pretrained.hugging_face import open_hugging_face_folder, weight_files, with_rope_settings
 
-import huggingface_hub
 import numpy as np
 import pytest
 
 from support import tiny, torch_zip
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A Hub with one repository; what was asked of it, and what it holds."""
-    asked: dict[str, Any] = {"patterns": [], "files": ["config.json", "model.safetensors"]}
-
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked["patterns"].append(allow_patterns)
-        folder = tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in asked["files"]:
-            if any(Path(file).match(pattern) for pattern in allow_patterns):
-                (folder / file).write_text("{}")
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
-
-
-def test_the_hub_is_asked_for_pytorch_files_only_without_safetensors(hub: dict[str, Any]) -> None:
-    assert (find_folder("owner/name", ["tokenizer.model"]) / "model.safetensors").exists()
-    assert len(hub["patterns"]) == 1
-    hub["files"] = ["config.json", "pytorch_model.bin"]
-    assert (find_folder("owner/old") / "pytorch_model.bin").exists()
-    assert not any(".py" in pattern for patterns in hub["patterns"] for pattern in patterns)
-
-
-def test_a_folder_comes_before_the_hub(
-    hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("owner/name").mkdir(parents=True)
-    assert find_folder("owner/name") == Path("owner/name")
-    assert hub["patterns"] == []
-
-
-@pytest.mark.parametrize("name", ["./owner/name", "/owner/name", "a/b/c", "name", "~/name"])
-def test_what_is_neither_a_folder_nor_a_repository_is_refused(
-    hub: dict[str, Any], name: str
-) -> None:
-    with pytest.raises(InputError, match="there is no folder"):
-        find_folder(name)
-    assert hub["patterns"] == []
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="owner/nosuch is no folder here, and the Hub") as refusal:
-        find_folder("owner/nosuch")
-    assert "\n" not in str(refusal.value)
 
 
 def test_shards_of_both_kinds_are_read_together(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
 from graft.errors import InputError
-from graft.pretrained.load import build_model, find_folder, load_model, read_model
+from graft.pretrained.load import build_model, load_model, read_model
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
@@ -407,10 +406,10 @@ def test_damaged_weights_are_one_line_and_never_end_the_process(
         assert "\\n" not in line
 
 
-def test_a_folder_without_weights_tells_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     weights_of(folder).unlink()
-    assert "convert.py" in refusal(read_model, folder)
+    assert "has no weights: none of model*.safetensors, weights*.npz" in refusal(read_model, folder)
 
 
 def test_weights_that_are_a_folder_are_refused(tmp_path: Path) -> None:
@@ -483,87 +482,6 @@ def test_what_a_config_lacks_is_named() -> None:
 def test_a_bad_quantization_is_named(tmp_path: Path, quantization: Any) -> None:
     folder = change_config(write_model(tmp_path / "m", bits=4), quantization=quantization)
     assert f"bad quantization {quantization!r}" in refusal(read_model, folder)
-
-
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
-    path = weights_of(write_model(tmp_path / "m"))
-    assert f"{path} is a file" in refusal(load_model, path)
-
-
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing", "a/b/c", "~/nothing"])
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub")
-    )
-    assert f"there is no model folder {name}" in refusal(find_folder, name)
-
-
-def hub_errors() -> list[Exception]:
-    """What snapshot_download raises, as huggingface_hub makes it."""
-    from huggingface_hub import errors
-
-    httpx = import_module(errors.Response.__module__.split(".")[0])  # httpx or its successor
-    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/api"))
-    return [
-        errors.RepositoryNotFoundError("404 Client Error.\n\nNot Found for url", response=response),
-        errors.GatedRepoError("403\n\nAccess is restricted.", response=response),
-        errors.RevisionNotFoundError("404", response=response),
-        errors.HfHubHTTPError("500 Server Error", response=response),
-        errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder."),
-        errors.OfflineModeIsEnabled("Offline mode is enabled."),
-        errors.HFValidationError("Repo id must use alphanumeric chars"),
-        httpx.ConnectError(""),
-        OSError(28, "No space left on device"),
-        PermissionError(13, "Permission denied", "/cache"),
-    ]
-
-
-@pytest.mark.parametrize("error", hub_errors(), ids=lambda error: type(error).__name__)
-def test_a_hub_name_that_cannot_be_had_is_one_line(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    def fail(*arguments: Any, **settings: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert "owner/name" in refusal(find_folder, "owner/name")
-
-
-def test_a_hub_name_is_downloaded_weights_tokenizer_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked: dict[str, Any] = {}
-
-    def download(name: str, **settings: Any) -> str:
-        asked.update(settings, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_folder("owner/name") == tmp_path
-    assert asked["name"] == "owner/name"
-    wanted = {
-        "config.json",
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "weights.npz",
-        "tokenizer.model",
-        "tokenizer.json",
-        "merges.txt",
-        "chat_template.jinja",
-    }
-    others = {"pytorch_model.bin", "consolidated.safetensors", "README.md", "model.gguf"}
-    found = filter_repo_objects(sorted(wanted | others), allow_patterns=asked["allow_patterns"])
-    assert set(found) == wanted
 
 
 def test_the_rotary_settings_of_transformers_5_are_taken(tmp_path: Path) -> None:

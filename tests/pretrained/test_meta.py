@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.pretrained.meta import open_meta_folder, read_meta_folder
+from graft.pretrained.folder import read_folder
+from graft.pretrained.meta import open_meta_folder
 from graft.storage.lazy_tensors import read
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_experts_stack_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     shapes = {f"layers.0.feed_forward.experts.{index}.w1": (12, 8) for index in range(11)}
     arrays = tensors(**shapes)
     folder = write(tmp_path, dict(reversed(arrays.items())), moe={"num_experts": 11})
-    config, found = read_meta_folder(folder)
+    config, found = read_folder(folder)
     stacked = found["model.layers.0.block_sparse_moe.switch_mlp.gate_proj.weight"]
     expected = [arrays[f"layers.0.feed_forward.experts.{i}.w1.weight"] for i in range(11)]
     np.testing.assert_array_equal(stacked, expected)
