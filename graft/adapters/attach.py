@@ -19,7 +19,7 @@ from graft.adapters.layer_kinds import (
     LayerKind,
     kind_of,
 )
-from graft.adapters.methods import MERGE_FIRST, METHODS, loftq_start, make_layer
+from graft.adapters.methods import METHODS, make_layer
 from graft.errors import InputError
 from graft.models import LoRALayer, is_quantized, linear_dims, scale_of
 from graft.pretrained.module_paths import natural_key
@@ -102,8 +102,9 @@ def attach(
     ]
     if not blank:
         for path, layer in layers:
-            if settings[path].method == "loftq":
-                loftq_start(layer, (originals or {})[path])
+            start = METHODS[settings[path].method].start_from_original
+            if start is not None:
+                start(layer, (originals or {})[path])
     model.update_modules(tree_unflatten(layers))
     if report is not None:
         report(_counts("before", *before))
@@ -146,7 +147,7 @@ def resolve_kind(module: nn.Module | None, setting: LayerConfig) -> LayerKind | 
     if kind is EMBEDDING:
         others = {other.name: other for other in (EMBEDDING_COLUMNS, EMBEDDING_INPUT)}
         kind = others.get(setting.kind or "", kind)
-    merge_first = setting.method == MERGE_FIRST or setting.kind == WEIGHT.name
+    merge_first = METHODS[setting.method].merge_first or setting.kind == WEIGHT.name
     return WEIGHT if merge_first and kind not in (None, VECTOR) else kind
 
 
@@ -190,13 +191,14 @@ def _problems(
     if kind.name not in method.kinds:
         allowed = f", only on {', '.join(method.kinds)}"
         yield f"{setting.method} is not defined on ", f"{path} ({kind.name})", allowed
-    elif setting.method == "bias" and "bias" not in module:
+    elif method.needs_bias and "bias" not in module:
         yield "there is no bias to train in ", path, ""
-    elif setting.method == "loftq" and not is_quantized(module):
-        yield "loftq undoes the rounding of quantized layers, and there is none in ", path, ""
+    elif method.start_from_original and not is_quantized(module):
+        what = f"{setting.method} undoes the rounding of quantized layers, and there is none in "
+        yield what, path, ""
     elif not 0 < setting.rank <= largest:
         yield f"rank {setting.rank} for ", path, f": give 1 to {largest}"
-    elif not math.isfinite(setting.alpha) or (setting.alpha <= 0 and method.divides):
+    elif not math.isfinite(setting.alpha) or (setting.alpha <= 0 and method.divides_by_scale):
         yield f"alpha {setting.alpha} for ", path, f": {setting.method} needs one above 0"
 
 
@@ -239,10 +241,15 @@ def _parts_problems(
 def _without_originals(
     settings: Mapping[str, LayerConfig], originals: Mapping[str, mx.array]
 ) -> list[str]:
-    lacking = [p for p, s in settings.items() if s.method == "loftq" and p not in originals]
-    if not lacking:
-        return []
-    return [f"loftq needs the weights before quantization of {', '.join(lacking)}"]
+    lacking: dict[str, list[str]] = {}
+    for path, setting in settings.items():
+        method = METHODS.get(setting.method)
+        if method is not None and method.start_from_original and path not in originals:
+            lacking.setdefault(setting.method, []).append(path)
+    return [
+        f"{name} needs the weights before quantization of {', '.join(paths)}"
+        for name, paths in lacking.items()
+    ]
 
 
 def _hold_statistics(modules: Iterable[nn.Module], *, hold: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from graft.adapters.attach import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
-from graft.adapters.methods import LOW_RANK_METHODS, METHODS
+from graft.adapters.methods import METHODS
 from graft.errors import InputError
 
 import mlx.core as mx
@@ -141,8 +141,8 @@ def products(
     for path, setting in adapter.layers.items():
         a, b = (adapter.tensors.get(f"{path}.{half}") for half in HALF_NAMES)
         kind = guess_kind(path, setting, a)
-        is_dora = setting.method == "dora"
-        if kind == "vector" or not (setting.method in LOW_RANK_METHODS or (is_dora and dora)):
+        method = METHODS[setting.method]
+        if kind == "vector" or not (method.low_rank or (method.has_magnitude and dora)):
             refused.append(f"{path} ({setting.method}{', a vector' if kind == 'vector' else ''})")
         elif (kind if kind != "fused" else "linear") not in kinds:
             refused.append(f"{path} (of kind {kind})")

@@ -22,7 +22,7 @@ from graft.adapters.attach import LayerConfig, attach, detach, lora_layers, sett
 from graft.adapters.factors import HALVES, INTERLEAVED, Adapter, guess_kind
 from graft.adapters.formats import detect, find_file, read_adapter
 from graft.adapters.layer_kinds import FusedParts
-from graft.adapters.methods import LOW_RANK_METHODS, METHODS, stored_rank
+from graft.adapters.methods import METHODS, stored_rank
 from graft.adapters.rotary import reordered
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseModel
@@ -93,7 +93,7 @@ def low_rank_factors(
     others = [
         f"{path} ({setting.method}{', a vector' if setting.kind == 'vector' else ''})"
         for path, setting in record.layers.items()
-        if setting.method not in LOW_RANK_METHODS or setting.kind == "vector"
+        if not METHODS[setting.method].low_rank or setting.kind == "vector"
     ]
     if others:
         raise InputError(f"adapter {name} is more than low-rank products: {', '.join(others)}")
@@ -307,7 +307,7 @@ def _layer_contradictions(
 ) -> list[str]:
     if setting.rank < 1 or not math.isfinite(setting.alpha):
         return [f"{path} has rank {setting.rank} and alpha {setting.alpha}"]
-    low_rank = setting.method in LOW_RANK_METHODS and setting.kind != "vector"
+    low_rank = METHODS[setting.method].low_rank and setting.kind != "vector"
     needed = ("lora_a", "lora_b") if low_rank else ()
     missing = [f"{path}.{half} is missing" for half in needed if half not in own]
     if missing or not own:

@@ -265,12 +265,14 @@ VECTOR = LayerKind(
     ranked=False,
 )
 
-# Every kind but "fused", which `fused_kind` makes for a projection's parts.
+# A projection with several parts; `fused_kind` makes the kind that fits the parts of a layer.
+FUSED = replace(LINEAR, name="fused", flat=None, norm=None)
+
 LAYER_KINDS = {
     kind.name: kind
     for kind in (
         *(LINEAR, EMBEDDING, EMBEDDING_INPUT, EMBEDDING_COLUMNS),
-        *(CONV, EXPERTS, WEIGHT, VECTOR),
+        *(CONV, EXPERTS, WEIGHT, VECTOR, FUSED),
     )
 }
 
@@ -302,10 +304,9 @@ def fused_kind(parts: FusedParts) -> LayerKind:
         ]
         return mx.concatenate(blocks, axis=-1).flatten(-2)
 
-    return LayerKind(
-        "fused",
+    return replace(
+        FUSED,
         shapes=shapes,
-        fan_in=lambda base: linear_dims(base)[0],
         largest_rank=lambda base: min(linear_dims(base)[0], *sizes),
         product=lambda base, a, b: outputs(a, b).T,
         update=lambda base, a, b, x: outputs(x @ a, b),

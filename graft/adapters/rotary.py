@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from graft.adapters.factors import HALVES, INTERLEAVED, Adapter
-from graft.adapters.methods import LOW_RANK_METHODS
+from graft.adapters.methods import METHODS
 from graft.errors import InputError
 
 import mlx.core as mx
@@ -50,7 +50,8 @@ def reordered(adapter: Adapter, rotary: str, heads: Heads) -> Adapter:
         count = heads(path)
         if count is None:
             continue
-        if setting.parts is not None or setting.method not in (*LOW_RANK_METHODS, "dora"):
+        method = METHODS[setting.method]
+        if setting.parts is not None or not (method.low_rank or method.has_magnitude):
             refused.append(f"{path} ({setting.method})")
             continue
         for name in (f"{path}.lora_b", f"{path}.m"):

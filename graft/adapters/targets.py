@@ -178,7 +178,7 @@ def read_originals(name: str | None, settings: Mapping[str, LayerConfig]) -> dic
     Raises:
         InputError: LoftQ without a name, or a model that is quantized too or lacks the layers.
     """
-    paths = [path for path, setting in settings.items() if setting.method == "loftq"]
+    paths = [path for path, s in settings.items() if METHODS[s.method].start_from_original]
     if not paths:
         return {}
     if name is None:
@@ -403,12 +403,13 @@ def _setting(
     own_alpha: float | None,
 ) -> LayerConfig:
     """A layer's setting: what patterns say, else what is said for all, else 1 without a rank."""
-    if method == "ia3" and any(_names(layer.path, end) for end in FEED_FORWARD_ENDS):
-        method = "ia3-input"
+    on_ends = METHODS[method].on_feed_forward_ends
+    if on_ends and any(_names(layer.path, end) for end in FEED_FORWARD_ENDS):
+        method = on_ends
     without_rank = layer.kind is VECTOR or not METHODS[method].ranked
     rank, alpha = (1, 1.0) if without_rank else (rank, alpha)
     rank = rank if own_rank is None else own_rank
-    if method == "vera":
+    if METHODS[method].alpha_is_rank:
         alpha = float(rank)
     alpha = alpha if own_alpha is None else own_alpha
     return LayerConfig(rank, alpha, method, parts=layer.parts)

@@ -13,7 +13,7 @@ from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import guess_kind, products
 from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
-from graft.adapters.methods import LOW_RANK_METHODS
+from graft.adapters.methods import METHODS
 from graft.cli.command import Parser, command
 from graft.pretrained.module_paths import natural_key
 
@@ -88,7 +88,7 @@ def delta_norm(path: str, setting: LayerConfig, own: dict[str, mx.array]) -> flo
     """
     if any(name.startswith("delta_") for name in own):
         return setting.scale * _norm(*own.values())
-    if setting.method not in LOW_RANK_METHODS or setting.kind == "weight":
+    if not METHODS[setting.method].low_rank or setting.kind == "weight":
         return None
     tensors = {f"{path}.{name}": array for name, array in own.items()}
     adapter = Adapter(tensors, {path: setting})

@@ -21,8 +21,8 @@ from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import EMBEDDING_NAMES, Product, from_products, products
 from graft.adapters.files import find_adapter, load_adapter
 from graft.adapters.formats import Adapter
-from graft.adapters.methods import truncated_svd
 from graft.adapters.rotary import reordered
+from graft.adapters.svd import truncated_svd
 from graft.cli.command import Parser, command
 from graft.errors import InputError
 from graft.exporting.adapter import as_adapter, export, find_base

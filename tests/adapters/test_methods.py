@@ -1,10 +1,20 @@
 """What each variant promises beyond the common ones, which stand in test_layers."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach
-from graft.adapters.methods import METHODS, loftq_start, olora_start, pissa_start, truncated_svd
+from graft.adapters.adapted_layer import MethodFormula
+from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.adapters.method_names import method_names
+from graft.adapters.methods import METHODS, Method, register_method
+from graft.adapters.methods.loftq import loftq_start
+from graft.adapters.methods.olora import olora_start
+from graft.adapters.methods.pissa import pissa_start
+from graft.adapters.svd import truncated_svd
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.training.optimizers import make_optimizer, set_learning_rate
@@ -340,3 +350,53 @@ def test_a_training_that_is_taken_up_again_goes_on_bit_for_bit(method: str) -> N
     _, again = start(method)
     again.restore(state)
     assert [again(BATCH).loss for _ in range(3)] == expected
+
+
+def toy_parameters(layer: Any, key: mx.array | None) -> dict[str, mx.array]:
+    return {"shift": mx.zeros((layer.linear.weight.shape[0],))}
+
+
+def toy_output(layer: Any, x: mx.array) -> mx.array:
+    y = layer.linear(x)
+    return y + (layer.scale * layer.shift).astype(y.dtype)
+
+
+def toy_deltas(layer: Any) -> dict[str, mx.array]:
+    return {"bias": layer.scale * layer.shift}
+
+
+@pytest.fixture
+def toy_method() -> Iterator[str]:
+    """A method registered from outside: a trained vector that is added to a layer's output."""
+    formula = MethodFormula(toy_parameters, toy_output, toy_deltas)
+    toy = Method(formula=formula, kinds=("linear",), text="a trained shift", ranked=False)
+    register_method("toy", toy)
+    yield "toy"
+    del METHODS["toy"]
+
+
+def test_a_method_registered_from_outside_trains_saves_and_loads(
+    toy_method: str, tmp_path: Path
+) -> None:
+    model, step = start(toy_method)
+    results = [step(BATCH) for _ in range(8)]
+    assert all(result.good for result in results) and results[-1].loss < results[0].loss
+    assert {layer.method for _, layer in lora_layers(model)} == {"toy"}
+    expected = model(TOKENS)
+    save_adapter(tmp_path / "adapters.safetensors", model)
+    again = make_model(QWEN2)
+    nn.quantize(again, group_size=32, bits=4)
+    assert not mx.allclose(again(TOKENS), expected)
+    apply_adapter(again, *load_adapter(tmp_path), name="toy")
+    assert mx.array_equal(again(TOKENS), expected)
+
+
+def test_a_method_that_cannot_be_is_refused(toy_method: str) -> None:
+    with pytest.raises(ValueError, match="'toy' is registered already"):
+        register_method("toy", METHODS["toy"])
+    with pytest.raises(ValueError, match="no kind sparse"):
+        register_method("other", replace(METHODS["toy"], kinds=("linear", "sparse")))
+
+
+def test_every_module_of_the_folder_is_the_method_that_it_is_named_after() -> None:
+    assert set(method_names()) == set(METHODS)
