@@ -17,8 +17,8 @@ from graft.adapters.attach import lora_layers
 from graft.adapters.files import load_adapter
 from graft.data.batches import Batch, TrainingBatches, pad
 from graft.data.examples import Example, Split, tokenize
+from graft.data.readers import read_jsonl
 from graft.data.rows import Row
-from graft.data.sources import read_jsonl
 from graft.pretrained.load import load_model
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.storage import atomic

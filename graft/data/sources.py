@@ -7,7 +7,6 @@ together, and a row stays where it is when others are added. Knows no tokenizers
 
 import functools
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -16,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.data.rows import KEYS, Row, place_number, problem, refuse, shape
-from graft.errors import InputError, first_line
+from graft.data.readers import (
+    READERS,
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    import_extra,
+    known_columns,
+    rows_of_table,
+)
+from graft.data.rows import Row, place_number
+from graft.errors import InputError
 
 SPLITS = ("train", "valid", "test")
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 _NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 _SPLIT_FILE = re.compile(r"(train|valid|validation|test)(-\d+-of-\d+)?")
 _DATASET_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
@@ -175,7 +180,7 @@ def file_source(paths: Sequence[Path], name: str | None = None) -> Source:
     name = name or ", ".join(map(str, paths))
     digests = [_digest(path) for path in paths]
     digest = hashlib.sha256("\n".join([paths[0].suffix, *digests]).encode()).hexdigest()
-    reader = _READERS[paths[0].suffix]
+    reader = READERS[paths[0].suffix]
 
     @functools.cache
     def read() -> list[Row]:
@@ -204,64 +209,6 @@ def divide(
         bar = min(max(bar, math.nextafter(min(numbers), 1)), max(numbers))
     train = [row for row, number in zip(rows, numbers, strict=True) if number >= bar]
     return train, [row for row, number in zip(rows, numbers, strict=True) if number < bar]
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a JSONL file; blank lines are skipped.
-
-    Raises:
-        InputError: the file is missing or empty, or rows cannot be trained on; the first five
-            by line.
-    """
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    lines = _read_text(path).split("\n")
-    rows: list[Row] = []
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            fields, reason = _parse(line)
-            rows.append(Row(fields, f"{path}:{number}"))
-            problems += [(f"{path}:{number}", reason)] if reason else []
-    refuse(problems, of="lines")
-    if not rows:
-        raise InputError(f"{path} is empty")
-    return rows
-
-
-def _parse(line: str) -> tuple[dict[str, Any], str | None]:
-    """A row's fields, and what is wrong with them."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        return {}, f"broken JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        return {}, "broken JSON: nested too deeply"
-    if not isinstance(fields, dict):
-        return {}, f"a {type(fields).__name__}, not a JSON object"
-    return fields, problem(fields)
-
-
-def _read_document(path: Path) -> list[Row]:
-    text = _read_text(path)
-    return [Row({"text": text}, str(path))] if text.strip() else []
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    parquet = _extra("pyarrow.parquet")
-    try:
-        names = parquet.read_schema(path).names
-        columns = _known_columns(names, str(path))
-        table = parquet.read_table(path, columns=columns)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these types.
-        raise InputError(f"cannot read {path}: {first_line(error)}") from error
-    return _rows_of_table(table, str(path))
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": read_jsonl,
-    ".parquet": _read_parquet,
-    **dict.fromkeys(TEXT_SUFFIXES, _read_document),
-}
 
 
 def _sources_of_folder(folder: Path) -> dict[str, Source]:
@@ -311,7 +258,7 @@ def _divide_document(row: Row, fraction: float) -> tuple[list[Row], list[Row]]:
 
 def _load_dataset(data: str, name: str | None, configuration: str | None) -> Any:
     """A dataset of the Hub, or one that `save_to_disk` wrote where there is no name."""
-    datasets = _extra("datasets")
+    datasets = import_extra("datasets")
     try:
         if name is None:
             return datasets.load_from_disk(data)
@@ -337,75 +284,14 @@ def _sources_of_dataset(dataset: Any, name: str) -> dict[str, Source]:
 
 
 def _dataset_source(dataset: Any, name: str) -> Source:
-    columns = _known_columns(dataset.column_names, name)
-    rows = _rows_of_table(dataset.select_columns(columns).with_format("arrow")[:], name)
+    columns = known_columns(dataset.column_names, name)
+    rows = rows_of_table(dataset.select_columns(columns).with_format("arrow")[:], name)
     if not rows:
         raise InputError(f"{name} is empty")
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode() + b"\n")
     return Source(name, digest.hexdigest(), 0, lambda: rows)
-
-
-def _known_columns(names: Sequence[str], place: str) -> list[str]:
-    """The columns that rows are made of; others may hold images and what not, and stay unread."""
-    refuse([(place, reason)] if (reason := _problem_of_columns(names)) else [], of="tables")
-    return [name for name in names if name in KEYS]
-
-
-def _problem_of_columns(names: Sequence[str]) -> str | None:
-    if shape(dict.fromkeys(names, "")) is not None:
-        return None
-    return (
-        "no column 'text', no 'prompt' with 'completion' and no 'messages'; "
-        f"it has {', '.join(map(repr, names)) or 'none'}"
-    )
-
-
-def _rows_of_table(table: Any, name: str) -> list[Row]:
-    numbered = enumerate(_without_nulls(table.to_pylist()), 1)
-    rows = [Row(fields, f"{name} row {number}") for number, fields in numbered]
-    found = [(row.place, problem(row.fields)) for row in rows]
-    refuse([(place, reason) for place, reason in found if reason], of="rows")
-    return rows
-
-
-def _without_nulls(value: Any) -> Any:
-    """Leave out null fields: in a table every object has the keys of all others."""
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return value
-
-
-def _extra(module: str) -> Any:
-    """Import what the extra `data` installs.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    package = module.partition(".")[0]
-    try:
-        imported = importlib.import_module(module)
-    except ImportError:
-        imported = None
-    # Without the package, a folder of data that is named datasets counts as a namespace package.
-    if imported is None or getattr(imported.__spec__, "origin", None) is None:
-        raise InputError(
-            f"this --data needs the package {package}; install it with "
-            "`pip install 'graft-mlx[data]'`"
-        )
-    return imported
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _digest(path: Path) -> str:

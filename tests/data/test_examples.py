@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data import sources
+from graft.data import readers
 from graft.data.examples import Example, Split, cut_documents, describe, load_splits, tokenize
 from graft.data.rows import Row
 from graft.errors import InputError
@@ -235,7 +235,7 @@ def test_a_second_start_tokenizes_nothing(
     data = write_rows(tmp_path / "data", train=TEXTS * 3, valid=["short", "x " * 80])
     first = load(data, sentencepiece)
     monkeypatch.setattr(SentencePieceTokenizer, "encode_many", None)
-    monkeypatch.setattr(sources, "read_jsonl", None)
+    monkeypatch.setattr(readers, "read_jsonl", None)
     moved = data.rename(tmp_path / "moved")
     second = load(moved, sentencepiece)
     assert [split.cached for split in (*first.values(), *second.values())] == [False] * 2 + [

@@ -1,23 +1,16 @@
-import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data import sources
 from graft.data.rows import Row
-from graft.data.sources import divide, find_parts, read_jsonl
+from graft.data.sources import divide, find_parts
 from graft.errors import InputError
 
 import pytest
 
 from support.tiny import TEXTS, write_rows
-
-
-def texts(path: Path) -> list[str]:
-    return [row.fields["text"] for row in read_jsonl(path)]
 
 
 def refused(data: Path | str, *needed: str, fraction: float = 0.1) -> str:
@@ -37,104 +30,10 @@ def numbered(count: int) -> list[Row]:
     return [Row({"text": f"row {number}"}, f"x:{number}") for number in range(count)]
 
 
-def write(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def message(path: Path) -> str:
-    with pytest.raises(InputError) as error:
-        read_jsonl(path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def hub_datasets() -> Any:
     """The package; without it, the checkout's folder of that name would be imported."""
     pytest.importorskip("datasets.arrow_dataset")
     return sys.modules["datasets"]
-
-
-def test_the_texts_come_in_the_order_of_the_file(tmp_path: Path) -> None:
-    assert texts(write_rows(tmp_path, train=TEXTS) / "train.jsonl") == TEXTS
-
-
-def test_other_keys_are_left_alone_and_blank_lines_skipped(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", "", '{"text": "a", "source": {"x": 1}}', "  ", '{"text":"b"}'
-    )
-    assert texts(path) == ["a", "b"]
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\u001c", "\x0c"])
-def test_line_separators_of_unicode_within_a_string_divide_no_rows(
-    tmp_path: Path, character: str
-) -> None:
-    # JSON allows U+2028, U+2029 and U+0085 in strings as they are; str.splitlines() divides there.
-    as_it_is = character if character > "\x20" else json.dumps(character)[1:-1]
-    path = write(tmp_path / "a.jsonl", f'{{"text": "one{as_it_is}two"}}', '{"text": "three"}')
-    assert texts(path) == [f"one{character}two", "three"]
-
-
-def test_lines_may_end_as_windows_ends_them(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n')
-    assert texts(tmp_path / "a.jsonl") == ["a\r\nb", "c"]
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "train.jsonl") in message(tmp_path / "train.jsonl")
-
-
-def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path) in message(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "\n", "  \n\n"])
-def test_an_empty_file_is_named(tmp_path: Path, content: str) -> None:
-    path = write(tmp_path / "valid.jsonl", content)
-    assert message(path) == f"{path} is empty"
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    assert str(tmp_path / "a.jsonl") in message(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ('{"text": "a"', "broken JSON"),
-        ("text", "broken JSON"),
-        ('{"text": "a"} {"text": "b"}', "broken JSON"),
-        ('["a"]', "a list, not a JSON object"),
-        ('"a"', "a str, not a JSON object"),
-        (
-            '{"txt": "a", "source": 1}',
-            "no 'text', no 'prompt' with 'completion' and no 'messages' in this row; it has 'txt'",
-        ),
-        ("{}", "it has nothing"),
-        ('{"text": 5}', "must be a string that is not empty, not 5"),
-        ('{"text": null}', "it has 'text' (null)"),
-        ('{"text": ""}', "must be a string that is not empty"),
-        (r'{"text": "a\ud83d"}', "surrogate"),
-    ],
-)
-def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, line: str, problem: str) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": "good"}', "", line)
-    assert f"{path}:3: " in message(path)
-    assert problem in message(path)
-
-
-def test_all_bad_rows_are_told_the_first_five_by_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", *['{"text": "good"}', "{"] * 7)
-    text = message(path)
-    assert [f"{path}:{number}:" in text for number in (2, 4, 6, 8, 10, 12)] == [True] * 5 + [False]
-    assert "2 more lines" in text
-
-
-def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", r'{"text": "\ud83d\ude42"}')
-    assert texts(path) == ["🙂"]
 
 
 def test_a_divided_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -376,20 +275,3 @@ def test_a_missing_package_is_named_with_the_extra(
     (tmp_path / "a.parquet").write_bytes(b"")
     said = refused("someone/rows" if package == "datasets" else tmp_path / "a.parquet")
     assert f"needs the package {package}; install it with `pip install 'graft-mlx[data]'`" in said
-
-
-def test_a_folder_named_datasets_is_not_the_package(tmp_path: Path) -> None:
-    # Where the package is missing, Python takes any folder of that name for it.
-    (tmp_path / "datasets").mkdir()
-    code = (
-        "import sys; from graft.data import sources\n"
-        f"sys.path = [{str(tmp_path)!r}]; sys.modules.pop('datasets', None)\n"
-        "sources._extra('datasets')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(sources.__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert "InputError: this --data needs the package datasets" in done.stderr
