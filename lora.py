@@ -29,7 +29,7 @@ from graft.adapters.files import (
 from graft.adapters.targets import plan_run, read_originals
 from graft.cli.command import command
 from graft.data.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
-from graft.data.examples import Split, describe, load_splits
+from graft.data.examples import Split, describe_split, load_splits
 from graft.errors import RunError
 from graft.pretrained.load import fingerprint, load_model
 from graft.pretrained.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def load(options: Options, tokenizer: Tokenizer, *, context: int | None) -> dict
         valid_fraction=options.valid_fraction,
     )
     for name, split in splits.items():
-        print(f"{name}: {describe(split, limit)}")
+        print(f"{name}: {describe_split(split, limit)}")
     return splits
 
 

@@ -16,7 +16,7 @@ import lora
 from graft.adapters.attach import lora_layers
 from graft.adapters.files import load_adapter
 from graft.data.batches import Batch, TrainingBatches, pad
-from graft.data.examples import Example, Split, tokenize
+from graft.data.examples import Example, Split, tokenize_rows
 from graft.data.readers import read_jsonl
 from graft.data.rows import Row
 from graft.pretrained.load import load_model
@@ -78,7 +78,7 @@ def split(shared: Path) -> Split:
     _, tokenizer, _ = load_model(shared / "whole")
     text = "".join(tiny.TEXTS)
     rows = [Row({"text": text[: 7 * n]}, str(n)) for n in range(1, 12)]
-    return tokenize(rows, tokenizer, max_length=512)
+    return tokenize_rows(rows, tokenizer, max_length=512)
 
 
 def run(*arguments: str, model: str = "whole") -> int:
@@ -133,7 +133,9 @@ def same_tensors(one: str, two: str) -> None:
 def rows_of(name: str) -> list[Example]:
     """The tokenized rows of a split in the working folder."""
     _, tokenizer, _ = load_model("whole")
-    return tokenize(read_jsonl(Path("data", f"{name}.jsonl")), tokenizer, max_length=512).examples
+    return tokenize_rows(
+        read_jsonl(Path("data", f"{name}.jsonl")), tokenizer, max_length=512
+    ).examples
 
 
 def wait_for(path: Path, child: "subprocess.Popen[bytes]") -> None:
@@ -231,14 +233,14 @@ class TestTraining:
     ) -> None:
         assert train("--max-seq-length", "10") == 0
         said = capsys.readouterr().out
-        assert "train: 12 rows, 120 tokens, 12 cut at 10 tokens" in said
+        assert "train: 12 rows, 120 tokens, 12 truncated to 10 tokens" in said
 
     def test_no_row_is_longer_than_the_model_was_made_for(
         self, here: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         tiny.write_model(Path("short"), {**tiny.LLAMA, "max_position_embeddings": 8})
         assert train(model="short") == 0
-        assert "12 cut at 8 tokens" in capsys.readouterr().out
+        assert "12 truncated to 8 tokens" in capsys.readouterr().out
 
 
 class TestLoss:

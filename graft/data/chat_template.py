@@ -1,8 +1,8 @@
-r"""Conversations to text, with the characters of each assistant turn.
+r"""Chat templates: conversations to text, with the characters of each assistant turn.
 
-The text is that of the model's chat template. A turn of the assistant begins where the template's
-generation prompt ends and goes through the special token that ends the turn. Without a template a
-conversation is plain lines, where `</s>` stands for the token that ends texts:
+The text is that of the model's chat template. An assistant turn starts after the template's
+generation prompt and includes the special token that ends it. Without a template a conversation is
+written in plain lines, where `</s>` stands for EOS:
 
     Tools: [{"type": "function", ...}]
     System: Be brief.
@@ -19,63 +19,69 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from graft.data.tokenize import Passage, Span, encode, hugging_face
+from graft.console import one_line
+from graft.data.tokenize import Passage, Span, encode, transformers_tokenizer
 from graft.pretrained.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-# Templates that write today's date get this one, the default of Llama's: the same data has to give
-# the same tokens tomorrow.
-TODAY = datetime(2024, 7, 26)
-_TODAY_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+Tools = Sequence[Any] | None
+# What templates write for today's date, so that the same data gives the same tokens every day. It
+# is the default of Llama's templates.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class ChatError(Exception):
-    """A conversation that the template does not render, or whose turns it does not tell apart."""
+    """The template refuses a conversation, or renders it so that turns cannot be located."""
 
 
 class ChatFormat:
-    """How a model writes conversations.
+    """How a model's chat template writes conversations.
 
     Args:
-        tokenizer: the model's; one without a chat template gives plain lines.
+        tokenizer: of the model; without a chat template, conversations are plain lines.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        model = hugging_face(tokenizer)
+        model = transformers_tokenizer(tokenizer)
         self._tokenizer: Any = tokenizer
         self._model: Any = model
+        # A Python renderer that mlx-lm brings for some models.
         self._renderer = getattr(tokenizer, "_chat_template", None)
         self.has_template = self._renderer is not None or bool(
             getattr(model, "chat_template", None)
         )
         if self.has_template:
             special = {*model.all_special_tokens, *model.get_added_vocab()}
-            self._special = {name for name in special if name.strip() == name}
-            self._special_lengths = sorted({len(name) for name in self._special}, reverse=True)
+            self._special = {token for token in special if token.strip() == token}
+            self._special_lengths = sorted({len(token) for token in self._special}, reverse=True)
 
     def passages(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, *, marked: bool
+        self, messages: Sequence[Message], tools: Tools, *, with_spans: bool
     ) -> list[Passage]:
         """The text of a conversation.
 
         Args:
             messages: each with `role` and `content`, or `tool_calls`.
             tools: descriptions of the tools that the assistant may call.
-            marked: also find the assistant's turns.
+            with_spans: also locate the assistant's turns.
 
         Raises:
-            ChatError: the template refuses the conversation, or renders it so that a turn cannot be
-                told from what surrounds it.
+            ChatError: the template refuses the conversation, or a turn cannot be located in what it
+                renders.
         """
         messages = [_with_parsed_calls(message) for message in messages]
         if not self.has_template:
             return plain_passages(messages, tools)
-        whole = self._render(messages, tools)
-        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._span(messages, tools, at, whole) for at in turns] if marked else []
-        return [Passage(whole, tuple(spans), starts=False, ends=False)]
+        text = self._render(messages, tools)
+        spans = [
+            self._turn_span(messages, tools, index, text)
+            for index, message in enumerate(messages)
+            if with_spans and message["role"] == "assistant"
+        ]
+        return [Passage(text, tuple(spans), starts=False, ends=False)]
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         """Token ids of a conversation that the assistant is to continue.
 
         Args:
@@ -87,23 +93,27 @@ class ChatFormat:
         """
         messages = [_with_parsed_calls(message) for message in messages]
         if self.has_template:
-            text = self._render(messages, tools, prompt=True)
+            text = self._render(messages, tools, add_generation_prompt=True)
             passages = [Passage(text, (), starts=False, ends=False)]
         else:
             passages = plain_passages(messages, tools)
-            opened = f"{passages.pop().text}\n" if not passages[-1].ends else ""
-            passages.append(Passage(f"{opened}Assistant:", (), starts=not passages, ends=False))
+            unanswered = f"{passages.pop().text}\n" if not passages[-1].ends else ""
+            prompt = f"{unanswered}Assistant:"
+            passages.append(Passage(prompt, (), starts=not passages, ends=False))
         ids: list[int] = []
         for passage, encoded in zip(passages, encode(passages, self._tokenizer), strict=True):
             ids += [*encoded.ids, *([self._tokenizer.eos_token_id] if passage.ends else [])]
         return ids
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool = False
+        self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False
     ) -> str:
         from jinja2 import TemplateError
 
-        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
+        settings: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+        }
         if tools:
             settings["tools"] = list(tools)
         try:
@@ -111,90 +121,94 @@ class ChatFormat:
                 settings["chat_template"] = self._template(tools)
             text: str = self._tokenizer.apply_chat_template(list(messages), **settings)
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ChatError(
-                f"the model's chat template refuses this conversation: {reason}"
+                f"the model's chat template refuses this conversation: {one_line(error)}"
             ) from error
         return text
 
-    def _template(self, tools: Sequence[Any] | None) -> str:
+    def _template(self, tools: Tools) -> str:
+        """The source of the template, with the date written into it."""
         template: str = self._model.get_chat_template(None, tools or None)
-        return _TODAY_CALL.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+        return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
 
-    def _span(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, at: int, whole: str
-    ) -> Span:
-        """The characters of message `at` in the whole conversation's text."""
-        start = self._start(messages, tools, at, whole)
-        through = self._render(messages[: at + 1], tools)
-        mark = self._special_end(through)
-        if whole.startswith(through) and len(through) > start:
-            return start, len(through.rstrip() if mark else through)
-        # Some templates write earlier turns otherwise than the last one (Qwen3 leaves out their
-        # reasoning), so that `through` is no beginning of the whole.
-        _, rest = self._around(messages, tools, at)
-        content_end = len(whole) - len(rest)
-        ended = rest.lstrip()
-        if not (mark and whole.endswith(rest) and ended.startswith(mark) and start <= content_end):
-            raise ChatError(
-                f"the model's chat template does not tell where message {at + 1} ends: train "
-                "without --mask-prompt, or give the data as prompt and completion"
-            )
-        return start, len(whole) - len(ended) + len(mark)
+    def _turn_span(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> Span:
+        """The characters of message `index` in `text`, the whole conversation."""
+        start = self._turn_start(messages, tools, index, text)
+        prefix = self._render(messages[: index + 1], tools)
+        end_token = self._ending_special_token(prefix)
+        if text.startswith(prefix) and len(prefix) > start:
+            return start, len(prefix.rstrip() if end_token else prefix)
+        # Some templates render the last turn differently from earlier ones (Qwen3 drops the
+        # reasoning of earlier turns), so that `prefix` is not how `text` starts.
+        _, after = self._text_around(messages, tools, index)
+        content_end = len(text) - len(after)
+        from_end_token = after.lstrip()
+        if not (
+            end_token
+            and text.endswith(after)
+            and from_end_token.startswith(end_token)
+            and start <= content_end
+        ):
+            raise ChatError(_unlocated(index, "ends"))
+        return start, len(text) - len(from_end_token) + len(end_token)
 
-    def _special_end(self, text: str) -> str:
-        """The special token that a text ends with, spaces aside, or nothing."""
-        text = text.rstrip()
-        ends = (text[-length:] for length in self._special_lengths)
-        return next((end for end in ends if end in self._special), "")
-
-    def _start(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, at: int, whole: str
-    ) -> int:
-        """Where the assistant takes over: after the generation prompt, if the template has one."""
+    def _turn_start(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> int:
+        """Where message `index` starts in `text`: after the generation prompt, if there is one."""
         try:
-            before = self._render(messages[:at], tools)
-            prompt = self._render(messages[:at], tools, prompt=True)
+            earlier = self._render(messages[:index], tools)
+            prompt = self._render(messages[:index], tools, add_generation_prompt=True)
         except ChatError:  # Many templates refuse a conversation without messages.
-            before = prompt = ""
-        if len(prompt) > len(before) and whole.startswith(prompt):
+            earlier = prompt = ""
+        if len(prompt) > len(earlier) and text.startswith(prompt):
             return len(prompt)
-        # No prompt, or one that opens a reasoning which this turn has not: before the content.
-        header, _ = self._around(messages, tools, at)
-        if not whole.startswith(header):
-            raise ChatError(
-                f"the model's chat template does not tell where message {at + 1} begins: train "
-                "without --mask-prompt, or give the data as prompt and completion"
-            )
-        return len(header)
+        # There is no generation prompt, or it opens a reasoning block that this turn does not have:
+        # the turn starts with its content.
+        before, _ = self._text_around(messages, tools, index)
+        if not text.startswith(before):
+            raise ChatError(_unlocated(index, "starts"))
+        return len(before)
 
-    def _around(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, at: int
+    def _ending_special_token(self, text: str) -> str:
+        """The special token that a text ends with, apart from white space, or an empty string."""
+        text = text.rstrip()
+        endings = (text[-length:] for length in self._special_lengths)
+        return next((ending for ending in endings if ending in self._special), "")
+
+    def _text_around(
+        self, messages: Sequence[Message], tools: Tools, index: int
     ) -> tuple[str, str]:
-        """What stands before and after the content of message `at`: that which no content changes.
+        """What the template writes before and after the content of message `index`.
 
-        Calls and reasoning of the message are the assistant's too, and stand in neither.
+        It is found by rendering the conversation with two contents that share no character. Tool
+        calls and reasoning belong to the turn and are in neither part.
         """
-        one, two = (
+        with_a, with_b = (
             self._render(
-                [*messages[:at], {"role": "assistant", "content": text}, *messages[at + 1 :]], tools
+                [
+                    *messages[:index],
+                    {"role": "assistant", "content": content},
+                    *messages[index + 1 :],
+                ],
+                tools,
             )
-            for text in ("A", "B")
+            for content in ("A", "B")
         )
-        return _common_start(one, two), _common_start(one[::-1], two[::-1])[::-1]
+        before = _common_prefix(with_a, with_b)
+        return before, _common_prefix(with_a[::-1], with_b[::-1])[::-1]
 
 
-def plain_passages(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Passage]:
-    """A conversation as plain lines; the token that ends texts closes each assistant turn."""
+def plain_passages(messages: Sequence[Message], tools: Tools) -> list[Passage]:
+    """A conversation as plain lines, one passage up to the end of each assistant turn."""
     lines = [f"Tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     passages: list[Passage] = []
     for message in messages:
-        name = message["role"].capitalize() + ":"
-        said = " ".join([name, *filter(None, [message.get("content") or "", _calls_text(message)])])
-        lines.append(said)
+        speaker = message["role"].capitalize() + ":"
+        parts = [message.get("content") or "", _calls_text(message)]
+        line = " ".join([speaker, *filter(None, parts)])
+        lines.append(line)
         if message["role"] == "assistant":
             text = "\n".join(lines)
-            span = (len(text) - len(said) + len(name), len(text))
+            span = (len(text) - len(line) + len(speaker), len(text))
             passages.append(Passage(text, (span,), starts=not passages))
             lines = []
     if lines:
@@ -202,22 +216,34 @@ def plain_passages(messages: Sequence[Message], tools: Sequence[Any] | None) -> 
     return passages
 
 
-def _common_start(one: str, two: str) -> str:
-    pairs = enumerate(zip(one, two, strict=False))
-    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(two)))]
+def _common_prefix(first: str, second: str) -> str:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return first[:length]
+
+
+def _unlocated(index: int, verb: str) -> str:
+    return (
+        f"where message {index + 1} {verb} cannot be told from what the model's chat template "
+        "renders: train without --mask-prompt, or give the data as prompt and completion"
+    )
 
 
 def _calls_text(message: Message) -> str:
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
-    kept = [{key: call[key] for key in ("name", "arguments") if key in call} for call in calls]
-    return "\n".join(json.dumps(call, ensure_ascii=False) for call in kept)
+    shown = [{key: call[key] for key in ("name", "arguments") if key in call} for call in calls]
+    return "\n".join(json.dumps(call, ensure_ascii=False) for call in shown)
 
 
 def _with_parsed_calls(message: Message) -> Message:
-    """Arguments of tool calls as objects: OpenAI's files hold them as JSON in a string."""
+    """The message with arguments of tool calls as objects; OpenAI writes them as JSON strings."""
     if not message.get("tool_calls"):
         return message
-    return {**message, "tool_calls": [_with_parsed_arguments(c) for c in message["tool_calls"]]}
+    calls = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _with_parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:

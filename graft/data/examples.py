@@ -1,17 +1,18 @@
-"""Rows to token ids, each with a mark on the tokens that are trained.
+"""Training examples: rows to token ids with a loss mask, truncated or cut into windows.
 
-    text                    start token, text, end token; all of it is trained
-    prompt, completion      one after the other as they are; with `mask_prompt` the completion and
-                            the end token are trained
+    text                    BOS, text, EOS; all of it is trained
+    prompt, completion      BOS, prompt, completion, EOS; with `mask_prompt` the completion and EOS
+                            are trained
     messages, tools         the model's chat template (`graft.data.chat_template`); with
-    `mask_prompt` the assistant's turns are trained, through the token that ends each
-    documents               one after the other, each between start and end token, and cut into
-                            windows
+                            `mask_prompt` the assistant's turns are trained, each with the token
+                            that ends it
+    documents               concatenated, each between BOS and EOS, and cut into windows
 
 Knows rows and tokenizers; knows nothing of batches or models.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -19,19 +20,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from graft.data import token_cache
 from graft.data.chat_template import ChatError, ChatFormat
-from graft.data.conversations import parse_tools
-from graft.data.rows import Row, refuse, shape
-from graft.data.sources import Part, find_parts
-from graft.data.tokenize import Encoded, Passage, encode, identity
+from graft.data.rows import Row, raise_problems, shape_of
+from graft.data.sources import SplitSource, find_split_sources
+from graft.data.token_cache import read_entry, write_entry
+from graft.data.tokenize import Encoded, Mask, Passage, encode, tokenizer_digest
 from graft.errors import InputError
 from graft.pretrained.tokenizer import Tokenizer
 
 import numpy as np
 from numpy.typing import NDArray
 
-_CACHE_FORMAT = 2
+# Part of every key of the token cache: entries of other versions are not found.
+_CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Example:
 
     Attributes:
         tokens: (tokens,) int32.
-        loss_mask: (tokens,) bool; whether the model is to predict this token from those before it.
-        states: (tokens - 1, dims) what `graft.training.activation_cache` kept of them, where it
-        did.
+        loss_mask: (tokens,) bool; whether predicting this token counts toward the loss.
+        states: (tokens - 1, dims), if `graft.training.activation_cache` computed them: the hidden
+            states that enter the first trained layer.
     """
 
     tokens: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
+    loss_mask: Mask
     states: NDArray[Any] | None = None
 
     def __len__(self) -> int:
@@ -55,21 +56,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of train, valid or test, and what became of the rows.
+    """The examples of train, valid or test, and what became of its rows.
 
     Attributes:
-        examples: what to train or measure on.
-        cut: rows that were longer than allowed.
-        skipped: rows with nothing to train on, which are no examples.
-        shapes: how many rows, or documents, there were of each shape.
-        origin: where the rows came from, for people.
-        cached: whether the tokens were there from an earlier start.
+        examples: to train or evaluate on.
+        truncated: number of rows that were longer than allowed.
+        skipped: number of rows with nothing to train on, which are not among the examples.
+        shape_counts: number of rows of each shape, or of documents.
+        origin: where the rows came from, for messages.
+        cached: whether the tokens came from the token cache.
     """
 
     examples: list[Example]
-    cut: int = 0
+    truncated: int = 0
     skipped: int = 0
-    shapes: dict[str, int] = field(default_factory=dict)
+    shape_counts: dict[str, int] = field(default_factory=dict)
     origin: str = ""
     cached: bool = False
 
@@ -78,18 +79,21 @@ class Split:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all examples."""
+        """Number of tokens in all examples."""
         return sum(map(len, self.examples))
 
     @cached_property
     def trained_tokens(self) -> int:
-        """Tokens that are to be predicted."""
+        """Number of tokens that count toward the loss."""
         return sum(int(example.loss_mask.sum()) for example in self.examples)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all token ids and marks, in order."""
-        return _fingerprint(*_flattened(self.examples).values())
+        """A hash of all tokens and loss masks, in order."""
+        digest = hashlib.sha256()
+        for array in _to_arrays(self.examples).values():
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def load_splits(
@@ -103,46 +107,48 @@ def load_splits(
     add_eos: bool = True,
     valid_fraction: float = 0.1,
 ) -> dict[str, Split]:
-    """Find, read and tokenize what a run needs, or take it from the cache of an earlier start.
+    """Find, read and tokenize the splits that a run needs, or load them from the token cache.
 
     Args:
-        data: as for `graft.data.sources.find_parts`.
-        tokenizer: the model's.
+        data: as for `graft.data.sources.find_split_sources`.
+        tokenizer: of the model.
         needed: which of train, valid and test.
-        max_length: as for `tokenize`; likewise `overlap`, `mask_prompt` and `add_eos`.
-        overlap: of the windows.
-        mask_prompt: learn answers only.
-        add_eos: teach where texts end.
-        valid_fraction: what to set aside for validation, where the data does not tell.
+        max_length: of an example, in tokens: longer rows are truncated, documents are cut into
+            windows.
+        overlap: number of tokens that a window repeats from the one before.
+        mask_prompt: train only completions and the assistant's turns.
+        add_eos: end rows with EOS.
+        valid_fraction: of the rows, to hold out if the data has no valid split.
 
     Raises:
-        InputError: the data is missing, broken or has nothing to train on, or an option does not
-            fit.
+        InputError: the data is missing or invalid or has nothing to train on, or an option is out
+            of range.
     """
     if not 0 <= valid_fraction <= 1:
-        raise InputError(f"--valid-fraction {valid_fraction}: give a share between 0 and 1")
+        raise InputError(f"--valid-fraction {valid_fraction}: give a fraction between 0 and 1")
     if not 0 <= overlap < max_length:
         raise InputError(
             f"--overlap {overlap}: give at least 0 and less than a window's {max_length} tokens"
         )
     if not needed:
         return {}
-    parts = find_parts(data, needed, valid_fraction=valid_fraction)
+    sources = find_split_sources(data, needed, valid_fraction=valid_fraction)
     settings = {
         "max_length": max_length,
         "overlap": overlap,
         "mask_prompt": mask_prompt,
         "add_eos": add_eos,
     }
-    name = identity(tokenizer)
-    loaded: dict[Part, Split] = {}
-    for part in parts.values():
-        if part not in loaded:
-            loaded[part] = _load(part, tokenizer, settings, name)
-    return {split: loaded[part] for split, part in parts.items()}
+    digest = tokenizer_digest(tokenizer)
+    # Splits with the same rows are loaded once.
+    splits = {
+        source: _load_split(source, tokenizer, settings, digest)
+        for source in dict.fromkeys(sources.values())
+    }
+    return {name: splits[source] for name, source in sources.items()}
 
 
-def tokenize(
+def tokenize_rows(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     *,
@@ -150,33 +156,36 @@ def tokenize(
     mask_prompt: bool = False,
     add_eos: bool = True,
 ) -> Split:
-    """Turn rows into examples, each at most `max_length` tokens.
+    """Turn rows into examples of at most `max_length` tokens.
 
-    Every token but the first is trained, or those of completions and of the assistant only. The
-    token that ends a row is trained, too: the model is to learn where to stop. A row that is cut
-    has none, since it does not end there.
+    All tokens but the first are trained, or with `mask_prompt` those of completions and of the
+    assistant's turns. EOS is always trained, so that the model learns where to stop; a truncated
+    row has none.
 
     Args:
-        rows: of any shape, as `graft.data.sources` reads and checks them.
-        tokenizer: the model's.
-        max_length: where rows are cut, in tokens.
-        mask_prompt: learn completions and the assistant's turns only.
-        add_eos: end rows with the token that ends texts.
+        rows: of any shape, checked by `graft.data.rows.row_problem`.
+        tokenizer: of the model.
+        max_length: of an example, in tokens.
+        mask_prompt: train only completions and the assistant's turns.
+        add_eos: end rows with EOS.
 
     Raises:
-        InputError: the chat template refuses rows, or prompts cannot be told from answers.
+        InputError: the chat template refuses rows, or prompts cannot be separated from answers.
     """
     if mask_prompt:
-        _refuse_texts(rows)
-    encoded = _encode_rows(rows, tokenizer, mask_prompt=mask_prompt, add_eos=add_eos)
-    cut = sum(len(ids) > max_length for ids, _ in encoded)
-    examples = [_example(ids[:max_length], marks[:max_length]) for ids, marks in encoded]
-    kept = [example for example in examples if example.loss_mask.any()]
-    shapes = Counter(str(shape(row.fields)) for row in rows)
-    return Split(kept, cut=cut, skipped=len(examples) - len(kept), shapes=dict(shapes))
+        _refuse_rows_without_prompt(rows)
+    whole = _encode_rows(rows, tokenizer, mask_prompt=mask_prompt, add_eos=add_eos)
+    truncated = sum(len(example) > max_length for example in whole)
+    examples = [
+        Example(example.tokens[:max_length], example.loss_mask[:max_length]) for example in whole
+    ]
+    trained = [example for example in examples if example.loss_mask.any()]
+    counts = Counter(shape_of(row).name for row in rows)
+    skipped = len(examples) - len(trained)
+    return Split(trained, truncated=truncated, skipped=skipped, shape_counts=dict(counts))
 
 
-def cut_documents(
+def tokenize_documents(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     *,
@@ -184,170 +193,180 @@ def cut_documents(
     overlap: int = 0,
     add_eos: bool = True,
 ) -> Split:
-    """Turn documents, one after the other, into windows of `max_length` tokens.
+    """Concatenate documents and cut them into windows of `max_length` tokens.
 
-    Each token is trained once, but for the first of a document. A window begins with the last
-    `overlap` tokens of the one before, which are there to be read only. That is at least one token:
-    without it the first of a window would never be predicted, so an overlap of 0 is one of 1.
+    Each token is trained once, except the first of a document. A window starts with the last
+    `overlap` tokens of the one before, as context that is not trained again. It is at least one
+    token, since the first token of a window has no context to be predicted from.
 
     Args:
         rows: documents as `text`.
-        tokenizer: the model's.
+        tokenizer: of the model.
         max_length: of a window, in tokens.
-        overlap: tokens of context from the window before, less than `max_length`.
-        add_eos: end documents with the token that ends texts.
+        overlap: number of tokens repeated from the window before, less than `max_length`.
+        add_eos: end documents with EOS.
     """
-    encoded = _encode_rows(rows, tokenizer, mask_prompt=False, add_eos=add_eos)
-    documents = _flattened([_example(ids, marks) for ids, marks in encoded])
-    context = max(overlap, 1)
+    documents = _to_arrays(_encode_rows(rows, tokenizer, mask_prompt=False, add_eos=add_eos))
+    overlap = max(overlap, 1)
     windows = []
-    for start in range(0, max(len(documents["tokens"]) - context, 1), max_length - context):
+    for start in range(0, max(len(documents["tokens"]) - overlap, 1), max_length - overlap):
         window = slice(start, start + max_length)
         loss_mask = documents["loss_mask"][window].copy()
-        loss_mask[: context if start else 1] = False
+        loss_mask[: overlap if start else 1] = False
         if loss_mask.any():
             windows.append(Example(documents["tokens"][window], loss_mask))
-    return Split(windows, shapes={"documents": len(rows)})
+    return Split(windows, shape_counts={"document": len(rows)})
 
 
-def describe(split: Split, max_length: int) -> str:
-    """What a person is told of a split, in one line."""
-    facts = [f"{len(split):,} rows", f"{split.tokens:,} tokens"]
+def describe_split(split: Split, max_length: int) -> str:
+    """One line about a split: its size, what was truncated or skipped, and where it is from."""
+    facts = [_count(len(split), "row"), _count(split.tokens, "token")]
     if split.trained_tokens < split.tokens - len(split):
         facts.append(f"{split.trained_tokens:,} trained")
-    if split.cut:
-        facts.append(f"{split.cut:,} cut at {max_length} tokens")
+    if split.truncated:
+        facts.append(f"{split.truncated:,} truncated to {max_length} tokens")
     if split.skipped:
         facts.append(f"{split.skipped:,} skipped with nothing to train on")
-    shapes = " and ".join(f"{number:,} {name}" for name, number in split.shapes.items())
-    kept = " (tokenized before)" if split.cached else ""
-    return f"{', '.join(facts)}: {shapes} from {split.origin}{kept}"
+    shapes = " and ".join(_count(number, name) for name, number in split.shape_counts.items())
+    cached = " (tokens from the cache)" if split.cached else ""
+    return f"{', '.join(facts)}: {shapes} from {split.origin}{cached}"
 
 
-def _load(part: Part, tokenizer: Tokenizer, settings: dict[str, Any], name: str | None) -> Split:
-    if part.documents and settings["mask_prompt"]:
-        raise InputError(f"--mask-prompt: {part.source.name} is plain text and has no prompts")
-    parts = json.dumps([_CACHE_FORMAT, name, part.key, settings])
-    key = hashlib.sha256(parts.encode()).hexdigest() if name else None
-    found = token_cache.read(key) if key else None
-    if found is not None:
-        arrays, record = found
-        return Split(_divided(arrays), **record, origin=part.origin, cached=True)
-    settings = {option: settings[option] for option in _options_of(part)}
-    make = cut_documents if part.documents else tokenize
-    split = make(part.rows(), tokenizer, **settings)
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _load_split(
+    source: SplitSource, tokenizer: Tokenizer, settings: dict[str, Any], digest: str | None
+) -> Split:
+    if source.whole_documents and settings["mask_prompt"]:
+        raise InputError(f"--mask-prompt: {source.source.name} is plain text and has no prompts")
+    key = digest and _cache_key(source, settings, digest)
+    if key and (entry := read_entry(key)):
+        arrays, record = entry
+        return Split(_from_arrays(arrays), **record, origin=source.origin, cached=True)
+    split = _tokenize_source(source, tokenizer, settings)
+    record = {
+        "truncated": split.truncated,
+        "skipped": split.skipped,
+        "shape_counts": split.shape_counts,
+    }
+    if key:
+        write_entry(key, _to_arrays(split.examples), record)
+    return Split(split.examples, **record, origin=source.origin)
+
+
+def _cache_key(source: SplitSource, settings: dict[str, Any], digest: str) -> str:
+    """A hash of everything that the tokens and loss masks of a split depend on."""
+    parts = json.dumps([_CACHE_FORMAT, digest, source.key, settings])
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _tokenize_source(source: SplitSource, tokenizer: Tokenizer, settings: dict[str, Any]) -> Split:
+    max_length, add_eos = settings["max_length"], settings["add_eos"]
+    if source.whole_documents:
+        split = tokenize_documents(
+            source.rows(),
+            tokenizer,
+            max_length=max_length,
+            overlap=settings["overlap"],
+            add_eos=add_eos,
+        )
+    else:
+        split = tokenize_rows(
+            source.rows(),
+            tokenizer,
+            max_length=max_length,
+            mask_prompt=settings["mask_prompt"],
+            add_eos=add_eos,
+        )
     if not split.examples:
         raise InputError(
-            f"{part.source.name}: no row has anything to train on ({split.skipped} skipped; "
-            f"{split.cut} cut at {settings['max_length']} tokens): give a longer --max-seq-length"
-            + (", or leave out --mask-prompt" if settings.get("mask_prompt") else "")
+            f"{source.source.name}: no row has anything to train on ({split.skipped} skipped; "
+            f"{split.truncated} truncated to {max_length} tokens): give a longer --max-seq-length"
+            + (", or leave out --mask-prompt" if settings["mask_prompt"] else "")
         )
-    record = {"cut": split.cut, "skipped": split.skipped, "shapes": split.shapes}
-    if key:
-        token_cache.write(key, _flattened(split.examples), record)
-    return Split(split.examples, **record, origin=part.origin)
-
-
-def _options_of(part: Part) -> tuple[str, ...]:
-    return ("max_length", "add_eos", "overlap" if part.documents else "mask_prompt")
+    return split
 
 
 def _encode_rows(
     rows: Sequence[Row], tokenizer: Tokenizer, *, mask_prompt: bool, add_eos: bool
-) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Token ids and marks of each row, before any cut."""
-    passages = _passages(rows, tokenizer, marked=mask_prompt)
-    flat = [passage for of_row in passages for passage in of_row]
-    encoded = iter(encode(flat, tokenizer, marked=mask_prompt))
-    results = []
+) -> list[Example]:
+    """All tokens of each row, with their loss mask."""
+    passages_of_rows = _passages(rows, tokenizer, mask_prompt=mask_prompt)
+    passages = list(itertools.chain(*passages_of_rows))
+    encoded = iter(encode(passages, tokenizer, with_masks=mask_prompt))
+    examples = []
     problems = []
-    for row, of_row in zip(rows, passages, strict=True):
-        pieces = [(passage, next(encoded)) for passage in of_row]
-        if mask_prompt and any(one.marks is None for _, one in pieces):
-            problems.append((row.place, "the tokenizer does not keep prompt and answer apart"))
+    for row, passages in zip(rows, passages_of_rows, strict=True):
+        pieces = [(passage, next(encoded)) for passage in passages]
+        if mask_prompt and any(piece.loss_mask is None for _, piece in pieces):
+            problems.append((row.location, "the tokenizer does not separate prompt and answer"))
             continue
-        ended = [_ended(*piece, tokenizer, add_eos=add_eos) for piece in pieces]
-        ids, marks = zip(*ended, strict=True)
-        results.append((np.concatenate(ids), np.concatenate(marks)))
-    refuse(problems, of="rows")
-    return results
+        ended = [_with_eos(*piece, tokenizer, add_eos=add_eos) for piece in pieces]
+        tokens, loss_masks = map(np.concatenate, zip(*ended, strict=True))
+        loss_masks[:1] = False  # Nothing precedes the first token.
+        examples.append(Example(tokens, loss_masks))
+    raise_problems(problems, noun="rows")
+    return examples
 
 
-def _passages(rows: Sequence[Row], tokenizer: Tokenizer, *, marked: bool) -> list[list[Passage]]:
-    chats = ChatFormat(tokenizer)
-    found: list[list[Passage]] = []
+def _passages(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, mask_prompt: bool
+) -> list[list[Passage]]:
+    """The text of each row."""
+    chat_format = ChatFormat(tokenizer)
+    passages = []
     problems = []
     for row in rows:
         try:
-            found.append(_passages_of(row, chats, marked=marked))
+            passages.append(shape_of(row).passages(row, chat_format, mask_prompt))
         except ChatError as error:
-            problems.append((row.place, str(error)))
-    refuse(problems, of="rows")
-    return found
+            problems.append((row.location, str(error)))
+    raise_problems(problems, noun="rows")
+    return passages
 
 
-def _passages_of(row: Row, chats: ChatFormat, *, marked: bool) -> list[Passage]:
-    fields = row.fields
-    kind = shape(fields)
-    if kind == "chats":
-        tools = None if fields.get("tools") is None else parse_tools(fields["tools"])
-        return chats.passages(fields["messages"], tools, marked=marked)
-    if kind == "texts":
-        return [Passage(fields["text"], (), ends=row.ends)]
-    text = fields["prompt"] + fields["completion"]
-    return [Passage(text, ((len(fields["prompt"]), len(text)),))]
-
-
-def _ended(
+def _with_eos(
     passage: Passage, encoded: Encoded, tokenizer: Tokenizer, *, add_eos: bool
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """A passage's ids and marks, with the token that ends texts where it belongs."""
+) -> tuple[NDArray[np.int32], Mask]:
+    """The tokens and loss mask of a passage, with EOS if the text ends there."""
     ids = encoded.ids
-    marks = np.ones(len(ids), dtype=np.bool_) if encoded.marks is None else encoded.marks
+    loss_mask = encoded.loss_mask
+    if loss_mask is None:
+        loss_mask = np.ones(len(ids), dtype=np.bool_)
     eos = tokenizer.eos_token_id
     if passage.ends and add_eos and eos is not None and eos >= 0:
-        # The end of a text, a completion or an answer is always to be learnt.
-        bare = ids[:-1] if ids[-1:] == [eos] else ids
-        ids, marks = [*bare, eos], np.append(marks[: len(bare)], True)
-    return np.array(ids, dtype=np.int32), marks
+        without = ids[:-1] if ids[-1:] == [eos] else ids
+        ids, loss_mask = [*without, eos], np.append(loss_mask[: len(without)], True)
+    return np.array(ids, dtype=np.int32), loss_mask
 
 
-def _example(ids: NDArray[np.int32], marks: NDArray[np.bool_]) -> Example:
-    loss_mask = marks.copy()
-    loss_mask[:1] = False
-    return Example(ids, loss_mask)
+def _refuse_rows_without_prompt(rows: Sequence[Row]) -> None:
+    shapes = [(row.location, shape_of(row)) for row in rows]
+    problems = [
+        (location, f"--mask-prompt, but a {shape.name} row has no prompt")
+        for location, shape in shapes
+        if not shape.has_prompt
+    ]
+    raise_problems(problems, noun="rows")
 
 
-def _refuse_texts(rows: Sequence[Row]) -> None:
-    texts = [row.place for row in rows if shape(row.fields) == "texts"]
-    refuse(
-        [(place, "--mask-prompt, but this row has only 'text' and no prompt") for place in texts],
-        of="rows",
-    )
-
-
-def _flattened(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-    """All examples one after another: lengths, tokens and marks."""
-    none = Example(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_))
+def _to_arrays(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+    """All examples concatenated, with their lengths."""
+    empty = Example(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_))
+    examples = [empty, *examples]
     return {
-        "lengths": np.array([len(example) for example in examples], dtype=np.int64),
-        "tokens": np.concatenate([none.tokens, *(example.tokens for example in examples)]),
-        "loss_mask": np.concatenate([none.loss_mask, *(example.loss_mask for example in examples)]),
+        "lengths": np.array([len(example) for example in examples[1:]], dtype=np.int64),
+        "tokens": np.concatenate([example.tokens for example in examples]),
+        "loss_mask": np.concatenate([example.loss_mask for example in examples]),
     }
 
 
-def _divided(arrays: dict[str, NDArray[Any]]) -> list[Example]:
-    """The examples of `_flattened`."""
-    ends = np.cumsum(arrays["lengths"]).tolist()
-    places = zip([0, *ends], ends, strict=False)
+def _from_arrays(arrays: dict[str, NDArray[Any]]) -> list[Example]:
+    """The examples that `_to_arrays` concatenated."""
+    edges = np.cumsum([0, *arrays["lengths"]]).tolist()
     return [
         Example(arrays["tokens"][start:end], arrays["loss_mask"][start:end])
-        for start, end in places
+        for start, end in itertools.pairwise(edges)
     ]
-
-
-def _fingerprint(*arrays: NDArray[Any]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

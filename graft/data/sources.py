@@ -1,8 +1,8 @@
-"""Where rows come from: JSONL, Parquet and text files, folders of them, Hugging Face datasets.
+"""Data sources: what `--data` names, divided into the splits train, valid and test.
 
-A folder with files train, valid and test is divided as they say. Anything else is one pile, of
-which a fraction is set aside for validation by a hash of each row's content: equal rows stay
-together, and a row stays where it is when others are added. Knows no tokenizers.
+Data is a file, a folder of files, or a Hugging Face dataset. If it is not divided into splits, rows
+are held out for validation by a hash of their content: equal rows stay together, and a row stays in
+its split when others are added. Knows no tokenizers.
 """
 
 import functools
@@ -10,288 +10,305 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.data.readers import (
-    READERS,
-    SUFFIXES,
-    TEXT_SUFFIXES,
-    import_extra,
-    known_columns,
-    rows_of_table,
-)
-from graft.data.rows import Row, place_number
+from graft.console import one_line
+from graft.data.readers import FILE_READERS, content_columns, import_extra, rows_of_table
+from graft.data.rows import Row, content_fraction
 from graft.errors import InputError
 
-SPLITS = ("train", "valid", "test")
-_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
+_SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 _SPLIT_FILE = re.compile(r"(train|valid|validation|test)(-\d+-of-\d+)?")
 _DATASET_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows that belong together, not read yet.
+class DataSource:
+    """Rows of some files or of one split of a dataset, not read yet.
 
     Attributes:
-        name: what a person calls it.
-        digest: a hash of its content, wherever it lies.
-        documents: how many files of text, each a row that is to be cut into windows; 0 for
+        name: what to call it in messages.
+        digest: a hash of its content, independent of its path.
+        document_count: number of text files, each of which is a row to be cut into windows; 0 for
             other rows.
-        read: gives the rows.
+        read: returns the rows.
     """
 
     name: str
     digest: str
-    documents: int
+    document_count: int
     read: Callable[[], list[Row]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source, or what is left of it for training or set aside for validation.
+class SplitSource:
+    """The rows of one split: a data source, or what is held out of it or left for training.
 
     Attributes:
         source: where the rows come from.
         share: "train" or "valid"; `None` takes all rows.
-        fraction: how much is set aside for validation.
+        fraction: of the rows, held out for validation.
     """
 
-    source: Source
+    source: DataSource
     share: str | None = None
     fraction: float = 0.0
 
     @property
-    def documents(self) -> bool:
-        """Whether the rows are whole documents, to be cut into windows."""
-        return self.source.documents > 0
+    def whole_documents(self) -> bool:
+        """Whether the rows are documents, to be cut into windows."""
+        return self.source.document_count > 0
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes the rows, without reading them."""
-        return (self.source.digest, str(self.documents), str(self.share), str(self.fraction))
+        """Identifies the rows without reading them."""
+        return (self.source.digest, str(self.whole_documents), str(self.share), str(self.fraction))
 
     @property
     def origin(self) -> str:
-        """Where the rows come from, for people."""
+        """Where the rows come from, for messages."""
         if self.share is None:
             return self.source.name
-        share = self.fraction if self.share == "valid" else 1 - self.fraction
-        if self.source.documents == 1:
+        fraction = self.fraction if self.share == "valid" else 1 - self.fraction
+        if self.source.document_count == 1:
             end = "last" if self.share == "valid" else "first"
-            return f"the {end} {share:.0%} of {self.source.name}"
-        return f"{share:.0%} of {self.source.name}, chosen by content"
+            return f"the {end} {fraction:.0%} of {self.source.name}"
+        return f"{fraction:.0%} of {self.source.name}, chosen by content"
 
     def rows(self) -> list[Row]:
         """Read the rows.
 
         Raises:
-            InputError: they cannot be read, or none is left.
+            InputError: they cannot be read, or there are none.
         """
         rows = self.source.read()
         if self.share is None:
             return rows
-        train, valid = divide(rows, self.fraction, documents=self.documents)
-        chosen = train if self.share == "train" else valid
-        if not chosen:
+        train, valid = hold_out(rows, self.fraction, documents=self.whole_documents)
+        split = train if self.share == "train" else valid
+        if not split:
             raise InputError(
                 f"--valid-fraction {self.fraction} leaves no row of {self.source.name} to "
                 f"{'train on' if self.share == 'train' else 'validate on'}: it has "
                 f"{len(rows)}; give another fraction, or a folder with train.jsonl and valid.jsonl"
             )
-        return chosen
+        return split
 
 
-def find_parts(data: str, needed: Sequence[str], *, valid_fraction: float) -> dict[str, Part]:
-    """What makes up each split.
+def find_split_sources(
+    data: str, needed: Sequence[str], *, valid_fraction: float
+) -> dict[str, SplitSource]:
+    """Find the rows of each split.
 
-    Data that is divided has to have `train` and `test` where they are needed; `valid` is set aside
-    from `train` where it is missing. Of data that is one pile, `train` and `valid` are made, and
-    `test` is the same as `valid`: the rows that are not trained on.
+    Data that is divided must have `train` and `test` if they are needed; without `valid`, rows of
+    `train` are held out. Of data that is not divided, rows are held out for `valid`, and `test` is
+    the same rows: those that are not trained on.
 
     Args:
         data: a file, a folder, or a Hugging Face dataset as OWNER/NAME or OWNER/NAME:CONFIG.
-        needed: which of `SPLITS`.
-        valid_fraction: how much to set aside, where it has to be.
+        needed: which of train, valid and test.
+        valid_fraction: of the rows, to hold out if there is no `valid`.
 
     Raises:
-        InputError: nothing is there, it is not readable, or a split is missing.
+        InputError: the data does not exist, cannot be read, or lacks a split.
     """
-    sources = find_sources(data)
-    pile = sources.get("")
-    if pile is not None:
+    found = _find_sources(data)
+    if isinstance(found, DataSource):
         shares = {"train": "train", "valid": "valid", "test": "valid"}
-        return {name: Part(pile, shares[name], valid_fraction) for name in needed}
-    whole = {name: Part(source) for name, source in sources.items()}
-    if "train" in sources and "valid" not in sources:
-        whole["train"] = Part(sources["train"], "train", valid_fraction)
-        whole["valid"] = Part(sources["train"], "valid", valid_fraction)
-    missing = [name for name in needed if name not in whole]
+        return {name: SplitSource(found, shares[name], valid_fraction) for name in needed}
+    splits = {name: SplitSource(source) for name, source in found.items()}
+    if "train" in found and "valid" not in found:
+        for share in ("train", "valid"):
+            splits[share] = SplitSource(found["train"], share, valid_fraction)
+    missing = [name for name in needed if name not in splits]
     if missing:
-        wanted = [
-            str(Path(data) / f"{name}.jsonl") if Path(data).is_dir() else name for name in missing
-        ]
-        verb = "is" if len(missing) == 1 else "are"
-        there = ", ".join(source.name for source in sources.values())
-        raise InputError(f"{' and '.join(wanted)} {verb} missing; {data} has {there}")
-    return {name: whole[name] for name in needed}
+        raise InputError(_missing_splits(data, missing, found))
+    return {name: splits[name] for name in needed}
 
 
-def find_sources(data: str) -> dict[str, Source]:
-    """The splits that data is divided into, or all of it under the empty name.
+def check_data_name(data: str) -> None:
+    """Refuse, before anything is loaded, a name that cannot be data.
 
     Raises:
-        InputError: nothing is there, or nothing that can be read.
-    """
-    check_place(data)
-    path = Path(data)
-    if path.is_dir():
-        return _sources_of_folder(path)
-    if path.is_file():
-        return {"": file_source([path])}
-    named = _DATASET_NAME.fullmatch(data)
-    assert named is not None
-    return _sources_of_dataset(_load_dataset(data, named[1], named[2]), data)
-
-
-def check_place(data: str) -> None:
-    """Refuse early, before anything is loaded, what can be no data.
-
-    Raises:
-        InputError: it is neither a file of a known kind, nor a folder, nor the name of a dataset.
+        InputError: it is neither a file of a known type, nor a folder, nor the name of a dataset.
     """
     path = Path(data)
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise InputError(f"{data} ends in none of {', '.join(SUFFIXES)}; --data takes these")
-    # With a folder of the first name here, OWNER/NAME is a mistaken path.
-    local = path.parent.is_dir() or path.suffix in SUFFIXES
-    if not path.exists() and (local or not _DATASET_NAME.fullmatch(data)):
+    if path.is_file() and path.suffix not in FILE_READERS:
+        raise InputError(f"{data} ends in none of {', '.join(FILE_READERS)}; --data takes these")
+    # If a folder OWNER exists here, OWNER/NAME is a misspelled path.
+    is_path = path.parent.is_dir() or path.suffix in FILE_READERS
+    if not path.exists() and (is_path or not _DATASET_NAME.fullmatch(data)):
         raise InputError(
             f"there is no file or folder {data}; make a folder with `graft dataset`, or name a "
             "Hugging Face dataset as OWNER/NAME"
         )
 
 
-def file_source(paths: Sequence[Path], name: str | None = None) -> Source:
-    """One source of files of one kind."""
+def hold_out(
+    rows: Sequence[Row], fraction: float, *, documents: bool = False
+) -> tuple[list[Row], list[Row]]:
+    """Divide rows into (train, valid) by a hash of their content.
+
+    Each side gets at least one row, unless all rows are equal or `fraction` is 0 or 1: if no hash
+    is below the fraction, the row with the lowest is held out. A single document is divided at the
+    end of a line.
+
+    Args:
+        rows: to divide.
+        fraction: of the rows, to hold out, 0 to 1.
+        documents: whether the rows are documents.
+    """
+    if documents and len(rows) == 1:
+        return _divide_document(rows[0], fraction)
+    hashes = [content_fraction(row.fields) for row in rows]
+    threshold = fraction
+    if 0 < fraction < 1:
+        threshold = min(max(threshold, math.nextafter(min(hashes), 1)), max(hashes))
+    pairs = list(zip(rows, hashes, strict=True))
+    train = [row for row, number in pairs if number >= threshold]
+    return train, [row for row, number in pairs if number < threshold]
+
+
+def _find_sources(data: str) -> DataSource | dict[str, DataSource]:
+    """The data as one source, or one for each split that it is divided into."""
+    check_data_name(data)
+    path = Path(data)
+    if path.is_dir():
+        return _folder_sources(path)
+    if path.is_file():
+        return _file_source([path])
+    match = _DATASET_NAME.fullmatch(data)
+    assert match is not None
+    return _dataset_sources(_load_dataset(data, match[1], match[2]), data)
+
+
+def _missing_splits(data: str, missing: Sequence[str], found: Mapping[str, DataSource]) -> str:
+    if Path(data).is_dir():
+        missing = [str(Path(data) / f"{name}.jsonl") for name in missing]
+    verb = "is" if len(missing) == 1 else "are"
+    names = ", ".join(source.name for source in found.values())
+    return f"{' and '.join(missing)} {verb} missing; {data} has {names}"
+
+
+def _file_source(paths: Sequence[Path], name: str | None = None) -> DataSource:
+    """One source of files of one type."""
     name = name or ", ".join(map(str, paths))
+    suffix = paths[0].suffix
+    reader = FILE_READERS[suffix]
     digests = [_digest(path) for path in paths]
-    digest = hashlib.sha256("\n".join([paths[0].suffix, *digests]).encode()).hexdigest()
-    reader = READERS[paths[0].suffix]
+    digest = hashlib.sha256("\n".join([suffix, *digests]).encode()).hexdigest()
 
     @functools.cache
     def read() -> list[Row]:
-        rows = [row for path in paths for row in reader(path)]
+        rows = [row for path in paths for row in reader.read(path)]
         if not rows:
             raise InputError(f"{name} is empty")
         return rows
 
-    return Source(name, digest, len(paths) if paths[0].suffix in TEXT_SUFFIXES else 0, read)
+    return DataSource(name, digest, len(paths) if reader.whole_documents else 0, read)
 
 
-def divide(
-    rows: Sequence[Row], fraction: float, *, documents: bool = False
-) -> tuple[list[Row], list[Row]]:
-    """Set rows aside for validation by what they hold: (train, valid).
-
-    Neither is empty unless all rows are equal, or `fraction` is 0 or 1: where no row falls below
-    the fraction, the lowest is set aside. A single document has no rows to choose from and is
-    divided at a line near its end.
-    """
-    if documents and len(rows) == 1:
-        return _divide_document(rows[0], fraction)
-    numbers = [place_number(row.fields) for row in rows]
-    bar = fraction
-    if 0 < fraction < 1:
-        bar = min(max(bar, math.nextafter(min(numbers), 1)), max(numbers))
-    train = [row for row, number in zip(rows, numbers, strict=True) if number >= bar]
-    return train, [row for row, number in zip(rows, numbers, strict=True) if number < bar]
-
-
-def _sources_of_folder(folder: Path) -> dict[str, Source]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    splits: dict[str, list[Path]] = {}
-    for path in files:
-        if named := _SPLIT_FILE.fullmatch(path.stem):
-            splits.setdefault(_NAMES[named[1]], []).append(path)
-    for name, paths in splits.items():
-        whole = [path for path in paths if not _SPLIT_FILE.fullmatch(path.stem)[2]]  # type: ignore[index]
-        if len({path.suffix for path in paths}) > 1 or (whole and len(paths) > 1):
-            raise InputError(
-                f"{folder} has {', '.join(path.name for path in paths)} for {name}: keep one"
-            )
-    if splits:
-        return {name: file_source(paths) for name, paths in splits.items()}
+def _folder_sources(folder: Path) -> DataSource | dict[str, DataSource]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_READERS)
+    files = [path for path in files if path.is_file()]
+    if splits := _split_files(folder, files):
+        return {name: _file_source(paths) for name, paths in splits.items()}
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _sources_of_dataset(_load_dataset(str(folder), None, None), str(folder))
-    documents = sorted(
+        return _dataset_sources(_load_dataset(str(folder), None, None), str(folder))
+    documents = _documents_below(folder)
+    tables = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
+    if documents and not tables:
+        many = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
+        return _file_source(documents, many)
+    types = dict.fromkeys(reader.name for reader in FILE_READERS.values())
+    raise InputError(
+        f"{folder / 'train.jsonl'} is missing; {folder} "
+        + (
+            f"has only {', '.join(tables)}: name one of them with --data"
+            if tables
+            else f"has no {' or '.join(types)} files"
+        )
+    )
+
+
+def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split that file names tell: one, or several shards of one type."""
+    splits: dict[str, list[Path]] = {}
+    unsharded: set[str] = set()
+    for path in files:
+        if match := _SPLIT_FILE.fullmatch(path.stem):
+            name = _SPLIT_NAMES[match[1]]
+            splits.setdefault(name, []).append(path)
+            unsharded |= set() if match[2] else {name}
+    for name, paths in splits.items():
+        if len({path.suffix for path in paths}) > 1 or (name in unsharded and len(paths) > 1):
+            names = ", ".join(path.name for path in paths)
+            raise InputError(f"{folder} has {names} for {name}: keep one")
+    return splits
+
+
+def _documents_below(folder: Path) -> list[Path]:
+    """All text files at any depth, except in hidden folders."""
+    return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in TEXT_SUFFIXES
+        if path.suffix in FILE_READERS
+        and FILE_READERS[path.suffix].whole_documents
         and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
     )
-    tables = [path.name for path in files if path.suffix not in TEXT_SUFFIXES]
-    if tables or not documents:
-        there = f"has only {', '.join(tables)}: name one of them with --data" if tables else ""
-        raise InputError(
-            f"{folder / 'train.jsonl'} is missing; {folder} "
-            + (there or "has neither JSONL nor Parquet nor text files")
-        )
-    many = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
-    return {"": file_source(documents, many)}
 
 
 def _divide_document(row: Row, fraction: float) -> tuple[list[Row], list[Row]]:
     text = row.fields["text"]
     cut = round(len(text) * (1 - fraction))
     if 0 < cut < len(text):
-        line = text.find("\n", cut) + 1
-        cut = line if 0 < line < len(text) else cut
-    train = Row({"text": text[:cut]}, row.place, ends=cut == len(text))
-    valid = Row({"text": text[cut:]}, row.place, ends=row.ends)
+        line_start = text.find("\n", cut) + 1
+        cut = line_start if 0 < line_start < len(text) else cut
+    train = Row({"text": text[:cut]}, row.location, ends=cut == len(text))
+    valid = Row({"text": text[cut:]}, row.location, ends=row.ends)
     return [train] if cut else [], [valid] if cut < len(text) else []
 
 
 def _load_dataset(data: str, name: str | None, configuration: str | None) -> Any:
-    """A dataset of the Hub, or one that `save_to_disk` wrote where there is no name."""
+    """A dataset of the Hub, or without a name, one that `save_to_disk` wrote."""
     datasets = import_extra("datasets")
     try:
         if name is None:
             return datasets.load_from_disk(data)
         return datasets.load_dataset(name, configuration)
-    except Exception as error:  # Its readers raise whatever the formats' libraries do.
-        reason = " ".join(str(error).split())
+    except Exception as error:  # It raises whatever the libraries of the formats do.
         raise InputError(
-            f"there is no file or folder {data}, and no such dataset: {reason}"
+            f"there is no file or folder {data}, and no such dataset: {one_line(error)}"
         ) from error
 
 
-def _sources_of_dataset(dataset: Any, name: str) -> dict[str, Source]:
+def _dataset_sources(dataset: Any, name: str) -> DataSource | dict[str, DataSource]:
     if not isinstance(dataset, dict):
-        return {"": _dataset_source(dataset, name)}
-    known = {split: _NAMES[split] for split in dataset if split in _NAMES}
+        return _dataset_source(dataset, name)
+    known = {split: _SPLIT_NAMES[split] for split in dataset if split in _SPLIT_NAMES}
     if not known:
         raise InputError(
-            f"{name} is divided into {', '.join(dataset)}; needed are train, validation and test"
+            f"{name} has the splits {', '.join(dataset)}; needed are train, validation and test"
         )
     return {
-        mine: _dataset_source(dataset[split], f"{name} ({split})") for split, mine in known.items()
+        split_name: _dataset_source(dataset[split], f"{name} ({split})")
+        for split, split_name in known.items()
     }
 
 
-def _dataset_source(dataset: Any, name: str) -> Source:
-    columns = known_columns(dataset.column_names, name)
+def _dataset_source(dataset: Any, name: str) -> DataSource:
+    columns = content_columns(dataset.column_names, name)
     rows = rows_of_table(dataset.select_columns(columns).with_format("arrow")[:], name)
     if not rows:
         raise InputError(f"{name} is empty")
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode() + b"\n")
-    return Source(name, digest.hexdigest(), 0, lambda: rows)
+    return DataSource(name, digest.hexdigest(), 0, lambda: rows)
 
 
 def _digest(path: Path) -> str:

@@ -1,92 +1,89 @@
-"""Arrays that were made once, on disk under a hash of what they were made from.
+"""The token cache: arrays on disk, under a hash of what they were made from.
 
-Entries lie in `tokens` of the folder that GRAFT_CACHE names, else of $XDG_CACHE_HOME/graft, else of
-~/.cache/graft. They may be deleted at any time; those that were not used for longest go when all of
-them take more than `LIMIT_BYTES`. GRAFT_CACHE=off turns the cache off. Knows nothing of what the
-arrays mean.
+Entries are in the folder `tokens` of $GRAFT_CACHE, else of $XDG_CACHE_HOME/graft, else of
+~/.cache/graft. They may be deleted at any time; when together they take more than `LIMIT_BYTES`,
+the least recently used are. GRAFT_CACHE=off turns the cache off. Knows nothing of what the arrays
+mean.
 """
 
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graft.console import note, one_line
 from graft.errors import InputError
 from graft.storage.atomic import new_file
 
 import numpy as np
 from numpy.typing import NDArray
 
-Arrays = dict[str, NDArray[Any]]
 LIMIT_BYTES = 4 * 2**30
 _RECORD = "record"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
-def folder() -> Path | None:
-    """Where entries lie; `None` where the cache is turned off."""
-    named = os.environ.get("GRAFT_CACHE", "")
-    if named.lower() == "off":
+def cache_folder() -> Path | None:
+    """The folder with the entries; `None` if the cache is turned off."""
+    graft_cache = os.environ.get("GRAFT_CACHE", "")
+    if graft_cache.lower() == "off":
         return None
-    if named:
-        return Path(named) / "tokens"
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(shared) if shared else Path.home() / ".cache") / "graft" / "tokens"
+    if graft_cache:
+        return Path(graft_cache) / "tokens"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "graft", "tokens")
 
 
-def read(key: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """An entry's arrays and record.
+def read_entry(key: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+    """The arrays and the record of an entry, or `None` if there is none.
 
-    A damaged entry is told on standard error and counts as missing.
+    A damaged entry is reported on standard error and counts as missing.
 
     Args:
         key: a hash of what the entry is made from, in hexadecimal digits.
     """
-    place = folder()
-    path = place and place / f"{key}.npz"
+    folder = cache_folder()
+    path = folder and folder / f"{key}.npz"
     if path is None or not path.is_file():
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
             arrays = {name: entry[name] for name in entry.files}
-        text = arrays.pop(_RECORD).tobytes()
-        record = json.loads(text)
+        record = json.loads(arrays.pop(_RECORD).tobytes())
         if record.pop("checksum") != _checksum(arrays, record):
             raise ValueError("its checksum differs")
-        os.utime(path)  # Used now.
+        os.utime(path)  # It is the most recently used now.
     except _DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"note: {path} is damaged and is made again: {reason}", file=sys.stderr)
+        note(f"{path} is damaged and will be rebuilt: {one_line(error)}")
         return None
     return arrays, record
 
 
-def write(key: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
-    """Keep an entry; where that is not possible, say so and go on.
+def write_entry(key: str, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
+    """Store an entry; if that fails, report it and continue.
 
     Args:
-        key: as for `read`.
+        key: as for `read_entry`.
         arrays: by name; none is named `record`.
-        record: what JSON can hold.
+        record: values that JSON can hold.
     """
-    place = folder()
-    if place is None:
+    folder = cache_folder()
+    if folder is None:
         return
     text = json.dumps({**record, "checksum": _checksum(arrays, record)})
-    stored: Arrays = {**arrays, _RECORD: np.frombuffer(text.encode(), dtype=np.uint8)}
+    stored: dict[str, Any] = {**arrays, _RECORD: np.frombuffer(text.encode(), dtype=np.uint8)}
     try:
-        with new_file(place / f"{key}.npz") as temporary:
-            np.savez(temporary, **stored)  # type: ignore[arg-type]
-        _prune(place)
+        with new_file(folder / f"{key}.npz") as temporary:
+            np.savez(temporary, **stored)
+        _prune(folder)
     except (OSError, InputError) as error:
-        print(f"note: the tokens are not kept for the next start: {error}", file=sys.stderr)
+        note(f"the tokens are not cached: {one_line(error)}")
 
 
-def _checksum(arrays: Arrays, record: Mapping[str, Any]) -> str:
+def _checksum(arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> str:
     checksum = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         checksum.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -94,16 +91,17 @@ def _checksum(arrays: Arrays, record: Mapping[str, Any]) -> str:
     return checksum.hexdigest()
 
 
-def _prune(place: Path) -> None:
-    """Delete what was not used for longest, temporary files of killed runs too."""
-    used = []
-    for path in place.iterdir():
+def _prune(folder: Path) -> None:
+    """Delete the least recently used files, temporary ones of killed runs too."""
+    files = []
+    for path in folder.iterdir():
         try:
-            used.append((path.stat().st_mtime, path.stat().st_size, path))
-        except FileNotFoundError:  # Another process was faster.
+            status = path.stat()
+        except FileNotFoundError:  # Another process deleted it.
             continue
+        files.append((status.st_mtime, status.st_size, path))
     total = 0
-    for number, (_, size, path) in enumerate(sorted(used, reverse=True)):
+    for number, (_, size, path) in enumerate(sorted(files, reverse=True)):
         total += size
         if number > 0 and total > LIMIT_BYTES:
             path.unlink(missing_ok=True)

@@ -1,14 +1,13 @@
-"""Many texts to token ids at once, with a mark on the tokens of chosen stretches.
+"""Tokenization of many texts at once, with a mask over the tokens of chosen spans.
 
-A token is marked where it covers at least one character of a stretch, so that one that straddles
-the edge is marked: it is not among the tokens of what stands before. Tokens are always those of the
-whole text. Knows tokenizers; knows nothing of rows.
+A token is in the mask if it covers at least one character of a span. Texts are always tokenized as
+a whole, so that a span does not change the tokens. Knows tokenizers; knows nothing of rows.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Span = tuple[int, int]
-Marks = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
 _TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of text that is tokenized as one.
+    """Text that is tokenized as one piece.
 
     Attributes:
-        text: what it says.
-        spans: (first, last + 1) characters of what is to be learnt, where prompts are masked.
-        starts: whether the tokenizer's start token comes before it.
-        ends: whether the token that ends texts comes after it.
+        text: the characters.
+        spans: (first, last + 1) characters that count toward the loss if prompts are masked.
+        starts: whether the tokenizer's BOS comes before the text.
+        ends: whether EOS comes after the text.
     """
 
     text: str
@@ -45,44 +44,63 @@ class Encoded:
     """The tokens of a passage.
 
     Attributes:
-        ids: (tokens,) without the token that ends texts, unless the tokenizer itself adds it.
-        marks: (tokens,) bool, where asked for; `None` where the tokenizer cannot tell.
+        ids: token ids, without EOS unless the tokenizer itself adds it.
+        loss_mask: (tokens,) bool, the tokens of the passage's spans; `None` if masks were not asked
+            for, or if the tokenizer merges characters across the edge of a span.
     """
 
     ids: list[int]
-    marks: Marks | None = None
+    loss_mask: Mask | None = None
 
 
 def encode(
-    passages: Sequence[Passage], tokenizer: Tokenizer, *, marked: bool = False
+    passages: Sequence[Passage], tokenizer: Tokenizer, *, with_masks: bool = False
 ) -> list[Encoded]:
-    """Tokenize passages, as many at a time as the tokenizer takes.
+    """Tokenize passages, in batches if the tokenizer can.
 
     Args:
         passages: what to tokenize.
-        tokenizer: any; SentencePiece and the fast ones of Hugging Face work on many at once.
-        marked: also mark the tokens of the passages' spans.
+        tokenizer: any; SentencePiece and Hugging Face's fast tokenizers work on batches.
+        with_masks: also make the loss mask of the passages' spans.
     """
     results: dict[int, Encoded] = {}
     for starts in (True, False):
-        chosen = [number for number, one in enumerate(passages) if one.starts == starts]
-        for first in range(0, len(chosen), _TEXTS_AT_ONCE):
-            numbers = chosen[first : first + _TEXTS_AT_ONCE]
-            group = [passages[number] for number in numbers]
-            found = _encode_group(group, tokenizer, starts=starts, marked=marked)
-            results.update(zip(numbers, found, strict=True))
-    return [results[number] for number in range(len(passages))]
+        indices = [at for at, passage in enumerate(passages) if passage.starts == starts]
+        for first in range(0, len(indices), _TEXTS_AT_ONCE):
+            batch = indices[first : first + _TEXTS_AT_ONCE]
+            encoded = _encode_batch(
+                [passages[at] for at in batch], tokenizer, starts=starts, with_masks=with_masks
+            )
+            results.update(zip(batch, encoded, strict=True))
+    return [results[at] for at in range(len(passages))]
 
 
-def identity(tokenizer: Tokenizer) -> str | None:
-    """A hash of everything that makes a tokenizer's ids, wherever its files lie.
+def span_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> Mask:
+    """The tokens that cover a character of one of the spans.
+
+    Args:
+        offsets: (first, last + 1) characters of each token. Characters between two tokens count as
+            the second one's: some tokenizers leave spaces out.
+        spans: (first, last + 1) characters.
+    """
+    edges = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(edges[:, 1])
+    starts = np.minimum(edges[:, 0], np.concatenate([[0], ends])[: len(ends)])
+    mask = np.zeros(len(ends), dtype=np.bool_)
+    for first, last in spans:
+        mask |= (ends > first) & (starts < last)
+    return mask
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
+    """A hash of everything that token ids depend on, independent of the tokenizer's path.
 
     Returns:
-        `None` for a tokenizer that cannot be written out.
+        `None` for a tokenizer that cannot be serialized.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         parts = [tokenizer.serialize(), str(tokenizer.eos_token_id).encode()]
-    elif _is_fast(model := hugging_face(tokenizer)):
+    elif _is_fast(model := transformers_tokenizer(tokenizer)):
         settings = {
             "class": type(model).__name__,
             "template": model.chat_template,
@@ -99,13 +117,13 @@ def identity(tokenizer: Tokenizer) -> str | None:
     return hashlib.sha256(b"\0".join([__version__.encode(), *parts])).hexdigest()
 
 
-def hugging_face(tokenizer: Tokenizer) -> Any:
-    """The tokenizer of transformers within mlx-lm's wrapper, or what was given."""
+def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The transformers tokenizer inside mlx-lm's wrapper, or the tokenizer itself."""
     return getattr(tokenizer, "_tokenizer", tokenizer)
 
 
 def _is_fast(model: Any) -> bool:
-    """Whether a Hugging Face tokenizer does what its Rust core does, and nothing besides."""
+    """Whether a Hugging Face tokenizer only calls its Rust core."""
     if not getattr(model, "is_fast", False):
         return False
     from transformers import PreTrainedTokenizerBase
@@ -113,72 +131,61 @@ def _is_fast(model: Any) -> bool:
     return type(model).encode is PreTrainedTokenizerBase.encode
 
 
-def _encode_group(
-    group: Sequence[Passage], tokenizer: Tokenizer, *, starts: bool, marked: bool
+def _encode_batch(
+    batch: Sequence[Passage], tokenizer: Tokenizer, *, starts: bool, with_masks: bool
 ) -> list[Encoded]:
-    texts = [passage.text for passage in group]
+    texts = [passage.text for passage in batch]
     if isinstance(tokenizer, SentencePieceTokenizer):
-        results = tokenizer.encode_many(texts, add_special_tokens=starts, offsets=marked)
-    elif _is_fast(model := hugging_face(tokenizer)):
-        # Said outright, or the library warns when MLX starts a compiler.
+        results = tokenizer.encode_many(texts, add_special_tokens=starts, offsets=with_masks)
+    elif _is_fast(model := transformers_tokenizer(tokenizer)):
+        # Without this setting the library warns when MLX starts a compiler.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         output = model(
             texts,
             add_special_tokens=starts,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=marked,
+            return_offsets_mapping=with_masks,
             verbose=False,
         )
-        offsets = output["offset_mapping"] if marked else [None] * len(texts)
+        offsets = output["offset_mapping"] if with_masks else [None] * len(texts)
         results = list(zip(output["input_ids"], offsets, strict=True))
     else:
-        return list(_encode_singly(group, tokenizer, starts=starts, marked=marked))
+        return list(_encode_singly(batch, tokenizer, starts=starts, with_masks=with_masks))
     return [
-        Encoded(ids, None if spans is None else mark(spans, passage.spans))
-        for (ids, spans), passage in zip(results, group, strict=True)
+        Encoded(ids, None if offsets is None else span_mask(offsets, passage.spans))
+        for (ids, offsets), passage in zip(results, batch, strict=True)
     ]
 
 
-def mark(offsets: Sequence[Span], spans: Sequence[Span]) -> Marks:
-    """Which tokens cover a character of one of the spans.
-
-    Args:
-        offsets: (first, last + 1) characters of each token. What lies between two tokens belongs to
-            the second: some tokenizers leave spaces out.
-        spans: characters to mark.
-    """
-    edges = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    ends = np.maximum.accumulate(edges[:, 1])
-    starts = np.minimum(edges[:, 0], np.concatenate([[0], ends])[: len(ends)])
-    marks = np.zeros(len(ends), dtype=np.bool_)
-    for first, last in spans:
-        marks |= (ends > first) & (starts < last)
-    return marks
-
-
 def _encode_singly(
-    group: Sequence[Passage], tokenizer: Any, *, starts: bool, marked: bool
+    batch: Sequence[Passage], tokenizer: Any, *, starts: bool, with_masks: bool
 ) -> Iterator[Encoded]:
-    """The plain way, for tokenizers that know no offsets: spans lie between prefixes."""
+    """Tokenize one passage at a time, for tokenizers that report no offsets."""
     settings = {} if starts else {"add_special_tokens": False}
 
-    def tokens(text: str) -> list[int]:
+    def encode_text(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, **settings)
         return ids
 
-    for passage in group:
-        ids = tokens(passage.text)
-        if not marked:
-            yield Encoded(ids)
-            continue
-        marks: Marks | None = np.zeros(len(ids), dtype=np.bool_)
-        for first, last in passage.spans:
-            before = tokens(passage.text[:first])
-            through = ids if last == len(passage.text) else tokens(passage.text[:last])
-            if ids[: len(before)] != before or ids[: len(through)] != through:
-                marks = None
-                break
-            assert marks is not None
-            marks[len(before) : len(through)] = True
-        yield Encoded(ids, marks)
+    for passage in batch:
+        ids = encode_text(passage.text)
+        yield Encoded(ids, _prefix_mask(ids, passage, encode_text) if with_masks else None)
+
+
+def _prefix_mask(
+    ids: list[int], passage: Passage, encode_text: Callable[[str], list[int]]
+) -> Mask | None:
+    """The tokens of the spans, found by tokenizing the text up to the start and end of each.
+
+    Returns:
+        `None` if the tokens of such a prefix are not the first tokens of the text.
+    """
+    mask = np.zeros(len(ids), dtype=np.bool_)
+    for first, last in passage.spans:
+        start = encode_text(passage.text[:first])
+        end = ids if last == len(passage.text) else encode_text(passage.text[:last])
+        if ids[: len(start)] != start or ids[: len(end)] != end:
+            return None
+        mask[len(start) : len(end)] = True
+    return mask

@@ -17,7 +17,7 @@ from typing import Any
 from graft.adapters.files import apply_adapter
 from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
-from graft.data.sources import check_place
+from graft.data.sources import check_data_name
 from graft.errors import RunError
 from graft.exporting.fused_model import WEIGHTS, Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import load_model, read_model
@@ -142,7 +142,7 @@ def sample_text(
             place = Path(folder) / "sample.txt"
             place.write_text("\n\n".join(_own_text()), encoding="utf-8")
             data = str(place)
-        check_place(data)
+        check_data_name(data)
         whole = 1.0 if Path(data).is_file() else 0.1
         found = load_splits(data, tokenizer, ["valid"], max_length=limit, valid_fraction=whole)
     rows = sample_rows(found["valid"].examples, 2 * SAMPLE_ROWS, seed=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.files import check_exists, check_suffix
-from graft.data.sources import check_place
+from graft.data.sources import check_data_name
 from graft.errors import InputError
 from graft.storage.atomic import check_writable, new_file
 from graft.training import options as run_options
@@ -107,7 +107,7 @@ def check_options(options: Options) -> None:
         raise InputError(f"--seed {options.seed}: give at most {2**32 - 1}")
     check_budget(options)
     if options.train or options.test:
-        check_place(options.data)
+        check_data_name(options.data)
     check_adapter_files(options)
 
 

@@ -92,7 +92,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 def turns(tokenizer: Tokenizer, messages: list[Any], tools: Any = None) -> list[str]:
     """The text of each span that is learnt."""
-    passages = ChatFormat(tokenizer).passages(messages, tools, marked=True)
+    passages = ChatFormat(tokenizer).passages(messages, tools, with_spans=True)
     return [one.text[first:last] for one in passages for first, last in one.spans]
 
 
@@ -100,15 +100,15 @@ def turns(tokenizer: Tokenizer, messages: list[Any], tools: Any = None) -> list[
 @pytest.mark.parametrize("last", [3, 5])
 def test_ids_and_marks_equal_those_of_transformers(chat: Chat, last: int) -> None:
     tokenizer: Any = chat(MARKED)
-    (passage,) = ChatFormat(tokenizer).passages(TALK[:last], None, marked=True)
-    (encoded,) = encode([passage], tokenizer, marked=True)
+    (passage,) = ChatFormat(tokenizer).passages(TALK[:last], None, with_spans=True)
+    (encoded,) = encode([passage], tokenizer, with_masks=True)
     reference = tokenizer._tokenizer.apply_chat_template(
         TALK[:last], return_dict=True, return_assistant_tokens_mask=True
     )
     assert encoded.ids == reference["input_ids"]
-    assert encoded.marks is not None
-    assert encoded.marks.tolist() == [bool(mark) for mark in reference["assistant_masks"]]
-    assert 0 < encoded.marks.sum() < len(encoded.ids)
+    assert encoded.loss_mask is not None
+    assert encoded.loss_mask.tolist() == [bool(mark) for mark in reference["assistant_masks"]]
+    assert 0 < encoded.loss_mask.sum() < len(encoded.ids)
 
 
 def test_a_turn_goes_from_the_prompt_through_the_token_that_ends_it(chat: Chat) -> None:
@@ -128,7 +128,7 @@ def test_tools_and_calls_are_rendered_and_calls_are_the_assistant_s(chat: Chat) 
     ]
     tokenizer = chat(MARKED)
     tools = [{"type": "function", "function": {"name": "add"}}]
-    (passage,) = ChatFormat(tokenizer).passages(messages, tools, marked=False)
+    (passage,) = ChatFormat(tokenizer).passages(messages, tools, with_spans=False)
     assert json.dumps(tools) in passage.text
     # Arguments that come as a string of JSON are handed on as what they say.
     assert turns(tokenizer, messages, tools) == ['{"a": 1}<|im_end|>', "Two.<|im_end|>"]
@@ -170,10 +170,14 @@ def test_an_assistant_that_speaks_first(chat: Chat) -> None:
 
 
 def test_turns_that_cannot_be_told_apart_are_refused(chat: Chat) -> None:
-    with pytest.raises(ChatError, match="does not tell where message 3 "):
+    with pytest.raises(ChatError, match="where message 3 ends cannot be told"):
         turns(chat(TWISTED), TALK)
     # Unmasked, the same conversation is fine.
-    assert ChatFormat(chat(TWISTED)).passages(TALK, None, marked=False)[0].text.startswith("system")
+    assert (
+        ChatFormat(chat(TWISTED))
+        .passages(TALK, None, with_spans=False)[0]
+        .text.startswith("system")
+    )
 
 
 def test_what_the_template_refuses_is_told_in_its_words(chat: Chat) -> None:
@@ -185,7 +189,7 @@ def test_today_is_always_the_same_day(chat: Chat) -> None:
     tokenizer = chat(
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    (passage,) = ChatFormat(tokenizer).passages(TALK[1:2], None, marked=False)
+    (passage,) = ChatFormat(tokenizer).passages(TALK[1:2], None, with_spans=False)
     assert passage.text == "26 Jul 2024What is 🙂?"
 
 
@@ -206,7 +210,7 @@ def test_without_a_template_a_conversation_is_plain_lines(
         {"role": "assistant", "tool_calls": [{"function": {"name": "leave"}, "id": "1"}]},
         {"role": "tool", "content": "gone"},
     ]
-    found = ChatFormat(tokenizer).passages(messages, [{"name": "leave"}], marked=True)
+    found = ChatFormat(tokenizer).passages(messages, [{"name": "leave"}], with_spans=True)
     first = 'Tools: [{"name": "leave"}]\nSystem: Be brief.\nUser: Hello\nAssistant: Hello!'
     second = 'User: Bye\nAssistant: {"name": "leave"}'
     assert found == [

@@ -4,7 +4,14 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.data import readers
-from graft.data.examples import Example, Split, cut_documents, describe, load_splits, tokenize
+from graft.data.examples import (
+    Example,
+    Split,
+    describe_split,
+    load_splits,
+    tokenize_documents,
+    tokenize_rows,
+)
 from graft.data.rows import Row
 from graft.errors import InputError
 from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -52,7 +59,7 @@ def rows(*texts: str) -> list[Row]:
 
 
 def test_a_row_ends_with_eos_and_all_but_its_first_token_is_trained() -> None:
-    split = tokenize(rows("ab"), Bytes(), max_length=10)
+    split = tokenize_rows(rows("ab"), Bytes(), max_length=10)
     (example,) = split.examples
     assert example.tokens.tolist() == [1, 100, 101, 2]
     assert example.loss_mask.tolist() == [False, True, True, True]
@@ -62,32 +69,32 @@ def test_a_row_ends_with_eos_and_all_but_its_first_token_is_trained() -> None:
 
 def test_rows_that_are_cut_are_counted_and_have_no_eos() -> None:
     texts = ["a" * length for length in (7, 8, 9, 20)]  # with BOS and EOS 9, 10, 11 and 22
-    split = tokenize(rows(*texts), Bytes(), max_length=10)
-    assert split.cut == 2
+    split = tokenize_rows(rows(*texts), Bytes(), max_length=10)
+    assert split.truncated == 2
     assert [len(example) for example in split.examples] == [9, 10, 10, 10]
     assert [example.tokens[-1] == 2 for example in split.examples] == [True, True, False, False]
     assert all(example.loss_mask[1:].all() for example in split.examples)
 
 
 def test_a_row_that_loses_only_its_eos_counts_as_cut() -> None:
-    split = tokenize(rows("a" * 9), Bytes(), max_length=10)
-    assert (split.cut, split.examples[0].tokens[-1]) == (1, 100)
+    split = tokenize_rows(rows("a" * 9), Bytes(), max_length=10)
+    assert (split.truncated, split.examples[0].tokens[-1]) == (1, 100)
 
 
 def test_eos_comes_once_where_the_tokenizer_adds_it() -> None:
-    (example,) = tokenize(rows("a"), EndsItself(), max_length=10).examples
+    (example,) = tokenize_rows(rows("a"), EndsItself(), max_length=10).examples
     assert example.tokens.tolist() == [1, 100, 2]
 
 
 @pytest.mark.parametrize("tokenizer", [WithoutEnd(), WithNoneForEnd()])
 def test_a_tokenizer_without_eos_adds_none(tokenizer: Bytes) -> None:
-    (example,) = tokenize(rows("a"), tokenizer, max_length=10).examples
+    (example,) = tokenize_rows(rows("a"), tokenizer, max_length=10).examples
     assert example.tokens.tolist() == [1, 100]
 
 
 def test_real_texts_come_back(sentencepiece: SentencePieceTokenizer) -> None:
-    split = tokenize(rows(*TEXTS), sentencepiece, max_length=500)
-    assert len(split) == len(TEXTS) and split.cut == 0
+    split = tokenize_rows(rows(*TEXTS), sentencepiece, max_length=500)
+    assert len(split) == len(TEXTS) and split.truncated == 0
     for example, text in zip(split.examples, TEXTS, strict=True):
         assert example.tokens[0] == sentencepiece.bos_token_id
         assert example.tokens[-1] == sentencepiece.eos_token_id
@@ -106,8 +113,8 @@ def test_masked_prompts_leave_the_completion_and_its_end(
 ) -> None:
     fields = {"prompt": "Q: 🙂?\nA:", "completion": " The lazy dog."}
     row = Row(fields, "x:1")
-    (masked,) = tokenize([row], sentencepiece, max_length=99, mask_prompt=True).examples
-    (whole,) = tokenize([row], sentencepiece, max_length=99).examples
+    (masked,) = tokenize_rows([row], sentencepiece, max_length=99, mask_prompt=True).examples
+    (whole,) = tokenize_rows([row], sentencepiece, max_length=99).examples
     assert masked.tokens.tolist() == whole.tokens.tolist()
     assert sentencepiece.decode(whole.tokens.tolist()) == fields["prompt"] + fields["completion"]
     before = len(sentencepiece.encode(fields["prompt"]))
@@ -119,11 +126,13 @@ def test_masked_prompts_leave_the_completion_and_its_end(
 def test_without_eos_a_masked_row_learns_the_completion_alone() -> None:
     row = Row({"prompt": "ab", "completion": "cd"}, "x:1")
     for tokenizer, end in ((Bytes(), []), (EndsItself(), [2])):
-        (example,) = tokenize(
+        (example,) = tokenize_rows(
             [row], tokenizer, max_length=99, add_eos=False, mask_prompt=not end
         ).examples
         assert example.tokens.tolist() == [1, 100, 101, 102, 103, *end]
-    (example,) = tokenize([row], Bytes(), max_length=99, add_eos=False, mask_prompt=True).examples
+    (example,) = tokenize_rows(
+        [row], Bytes(), max_length=99, add_eos=False, mask_prompt=True
+    ).examples
     assert example.loss_mask.tolist() == [False, False, False, True, True]
 
 
@@ -131,12 +140,12 @@ def test_rows_with_nothing_left_to_learn_are_skipped_and_counted() -> None:
     # mlx-lm's loss is NaN where the prompt fills the row: 0 / 0.
     lengths = {5: False, 8: False, 9: True, 12: True}  # of the prompt, and whether it fills a row
     data = [Row({"prompt": "p" * length, "completion": "c"}, f"x:{length}") for length in lengths]
-    split = tokenize(data, Bytes(), max_length=10, mask_prompt=True)
-    assert (len(split), split.skipped, split.cut) == (2, 2, 3)
+    split = tokenize_rows(data, Bytes(), max_length=10, mask_prompt=True)
+    assert (len(split), split.skipped, split.truncated) == (2, 2, 3)
     assert all(example.loss_mask.any() for example in split.examples)
-    assert split.shapes == {"prompts and completions": 4}
+    assert split.shape_counts == {"prompt-completion pair": 4}
     user = Row({"messages": [{"role": "user", "content": "anyone?"}]}, "x:1")
-    split = tokenize([*data[:1], user], Bytes(), max_length=99, mask_prompt=True)
+    split = tokenize_rows([*data[:1], user], Bytes(), max_length=99, mask_prompt=True)
     assert (len(split), split.skipped) == (1, 1)
 
 
@@ -148,7 +157,7 @@ def test_plain_chats_learn_the_assistant_and_each_end() -> None:
         {"role": "assistant", "content": "d"},
     ]
     row = Row({"messages": messages}, "x:1")
-    (example,) = tokenize([row], Bytes(), max_length=99, mask_prompt=True).examples
+    (example,) = tokenize_rows([row], Bytes(), max_length=99, mask_prompt=True).examples
     first, second = "User: a\nAssistant: b", "User: c\nAssistant: d"
     byte_ids = [[3 + byte for byte in text.encode()] for text in (first, second)]
     assert example.tokens.tolist() == [1, *byte_ids[0], 2, *byte_ids[1], 2]
@@ -157,8 +166,8 @@ def test_plain_chats_learn_the_assistant_and_each_end() -> None:
 
 
 def test_text_has_no_prompt_to_mask(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rows:2: --mask-prompt, but this row has only 'text'"):
-        tokenize(
+    with pytest.raises(InputError, match="rows:2: --mask-prompt, but a text row has no prompt"):
+        tokenize_rows(
             [Row({"prompt": "a", "completion": "b"}, "rows:1"), Row({"text": "c"}, "rows:2")],
             Bytes(),
             max_length=9,
@@ -177,7 +186,7 @@ def test_text_has_no_prompt_to_mask(tmp_path: Path) -> None:
 def test_windows_learn_each_token_once_in_the_context_before_it(
     texts: list[str], overlap: int
 ) -> None:
-    split = cut_documents(rows(*texts), Bytes(), max_length=10, overlap=overlap)
+    split = tokenize_documents(rows(*texts), Bytes(), max_length=10, overlap=overlap)
     stream = [token for text in texts for token in [*Bytes().encode(text), 2]]
     starts = {0, *(at + 1 for at, token in enumerate(stream[:-1]) if token == 2)}
     context = max(overlap, 1)
@@ -190,11 +199,11 @@ def test_windows_learn_each_token_once_in_the_context_before_it(
     assert times.tolist() == [int(at not in starts) for at in range(len(stream))]
     assert all(len(window) == 10 for window in split.examples[:-1])
     assert split.trained_tokens == times.sum()
-    assert split.shapes == {"documents": len(texts)}
+    assert split.shape_counts == {"document": len(texts)}
 
 
 def test_a_piece_of_a_document_does_not_end() -> None:
-    split = cut_documents([Row({"text": "ab"}, "x", ends=False)], Bytes(), max_length=10)
+    split = tokenize_documents([Row({"text": "ab"}, "x", ends=False)], Bytes(), max_length=10)
     assert split.examples[0].tokens.tolist() == [1, 100, 101]
 
 
@@ -235,7 +244,8 @@ def test_a_second_start_tokenizes_nothing(
     data = write_rows(tmp_path / "data", train=TEXTS * 3, valid=["short", "x " * 80])
     first = load(data, sentencepiece)
     monkeypatch.setattr(SentencePieceTokenizer, "encode_many", None)
-    monkeypatch.setattr(readers, "read_jsonl", None)
+    unread = readers.FileReader("JSONL", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setitem(readers.FILE_READERS, ".jsonl", unread)
     moved = data.rename(tmp_path / "moved")
     second = load(moved, sentencepiece)
     assert [split.cached for split in (*first.values(), *second.values())] == [False] * 2 + [
@@ -243,9 +253,12 @@ def test_a_second_start_tokenizes_nothing(
     ] * 2
     for name in ("train", "valid"):
         assert same(first[name], second[name])
-        assert (first[name].cut, first[name].shapes) == (second[name].cut, second[name].shapes)
+        assert (first[name].truncated, first[name].shape_counts) == (
+            second[name].truncated,
+            second[name].shape_counts,
+        )
         assert str(moved) in second[name].origin
-    assert second["valid"].cut == 1
+    assert second["valid"].truncated == 1
 
 
 def test_whatever_changes_the_tokens_is_tokenized_again(
@@ -289,12 +302,14 @@ def test_a_tokenizer_that_cannot_be_named_is_not_cached(tmp_path: Path, cache: P
 
 def test_the_fingerprint_is_of_ids_marks_and_their_division() -> None:
     def of(*texts: str, **settings: Any) -> str:
-        return tokenize(rows(*texts), Bytes(), max_length=9, add_eos=False, **settings).fingerprint
+        return tokenize_rows(
+            rows(*texts), Bytes(), max_length=9, add_eos=False, **settings
+        ).fingerprint
 
     assert of("ab", "c") == of("ab", "c")
     assert len({of("ab", "c"), of("c", "ab"), of("a", "bc"), of("ab"), of("abc")}) == 5
     row = [Row({"prompt": "a", "completion": "b"}, "x")]
-    masks = [tokenize(row, Bytes(), max_length=9, mask_prompt=mask) for mask in (True, False)]
+    masks = [tokenize_rows(row, Bytes(), max_length=9, mask_prompt=mask) for mask in (True, False)]
     assert masks[0].fingerprint != masks[1].fingerprint
 
 
@@ -312,9 +327,10 @@ def test_the_shapes_may_be_mixed_and_are_told(tmp_path: Path) -> None:
     (split,) = load_splits(
         str(tmp_path), Bytes(), ["train"], max_length=50, mask_prompt=True
     ).values()
-    assert describe(split, 50) == (
-        "3 rows, 94 tokens, 54 trained, 2 cut at 50 tokens, 1 skipped with nothing to train on: "
-        f"2 chats and 2 prompts and completions from {data}"
+    assert describe_split(split, 50) == (
+        "3 rows, 94 tokens, 54 trained, 2 truncated to 50 tokens, 1 skipped with nothing to train "
+        "on: "
+        f"2 chats and 2 prompt-completion pairs from {data}"
     )
 
 
@@ -335,7 +351,7 @@ def test_what_a_chat_template_refuses_is_named_by_row(
     messages = [[{"role": "user", "content": text}] for text in ("a", "b")]
     data = [Row({"messages": one}, f"x.jsonl:{at}") for at, one in enumerate(messages, 1)]
     with pytest.raises(InputError) as error:
-        tokenize(data, load_tokenizer(folder), max_length=9)
+        tokenize_rows(data, load_tokenizer(folder), max_length=9)
     assert str(error.value) == (
         "x.jsonl:1: the model's chat template refuses this conversation: no a; "
         "x.jsonl:2: the model's chat template refuses this conversation: no b"

@@ -84,11 +84,12 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         ('"a"', "a str, not a JSON object"),
         (
             '{"txt": "a", "source": 1}',
-            "no 'text', no 'prompt' with 'completion' and no 'messages' in this row; it has 'txt'",
+            "a row needs 'text', or 'prompt' with 'completion', or 'messages'; "
+            "this one has 'txt', 'source'",
         ),
-        ("{}", "it has nothing"),
+        ("{}", "this one has no keys"),
         ('{"text": 5}', "must be a string that is not empty, not 5"),
-        ('{"text": null}', "it has 'text' (null)"),
+        ('{"text": null}', "this one has 'text' (null)"),
         ('{"text": ""}', "must be a string that is not empty"),
         (r'{"text": "a\ud83d"}', "surrogate"),
     ],

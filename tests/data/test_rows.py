@@ -1,7 +1,7 @@
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data.rows import content, place_number, problem, refuse, shape
+from graft.data.rows import content, content_fraction, find_shape, raise_problems, row_problem
 from graft.errors import InputError
 
 import pytest
@@ -13,20 +13,21 @@ CHAT = {"messages": [USER, {"role": "assistant", "content": "yo"}]}
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"text": "a"}, "texts"),
-        ({"prompt": "a", "completion": "b"}, "prompts and completions"),
-        (CHAT, "chats"),
-        ({**CHAT, "text": "rendered", "prompt": "hi"}, "chats"),
-        ({"text": "a", "prompt": "b", "completion": "c"}, "prompts and completions"),
-        ({"text": "a", "messages": None}, "texts"),
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "completion": "b"}, "prompt-completion pair"),
+        (CHAT, "chat"),
+        ({**CHAT, "text": "rendered", "prompt": "hi"}, "chat"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "prompt-completion pair"),
+        ({"text": "a", "messages": None}, "text"),
         ({"prompt": "a"}, None),
         ({"prompt": "a", "completion": None}, None),
         ({}, None),
     ],
 )
 def test_a_shape_is_known_by_its_keys(fields: dict[str, Any], name: str | None) -> None:
-    assert shape(fields) == name
-    assert (problem(fields) is None) == (name is not None)
+    shape = find_shape(fields)
+    assert (shape and shape.name) == name
+    assert (row_problem(fields) is None) == (name is not None)
 
 
 def test_only_what_is_trained_on_is_content() -> None:
@@ -36,12 +37,12 @@ def test_only_what_is_trained_on_is_content() -> None:
 
 
 def test_contents_spread_evenly_and_order_of_keys_does_not_count() -> None:
-    numbers = [place_number({"text": str(number)}) for number in range(2000)]
+    numbers = [content_fraction({"text": str(number)}) for number in range(2000)]
     for tenth in range(10):
         share = sum(tenth / 10 <= number < (tenth + 1) / 10 for number in numbers) / 2000
         assert 0.08 < share < 0.12
     one, two = {"prompt": "a", "completion": "b"}, {"completion": "b", "prompt": "a"}
-    assert place_number(one) == place_number(two)
+    assert content_fraction(one) == content_fraction(two)
 
 
 def chat(*messages: Any, **more: Any) -> dict[str, Any]:
@@ -54,8 +55,8 @@ CALL = {"function": {"name": "add", "arguments": {}}}
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"question": "a"}, "it has 'question'"),
-        ({"prompt": "a", "completion": None}, "it has 'prompt', 'completion' (null)"),
+        ({"question": "a"}, "this one has 'question'"),
+        ({"prompt": "a", "completion": None}, "this one has 'prompt', 'completion' (null)"),
         ({"prompt": 1, "completion": "b"}, "'prompt' must be a string, not 1"),
         ({"prompt": "a", "completion": ["b"]}, "'completion' must be a string, not ['b']"),
         (chat(), "'messages' must be a list that is not empty, not []"),
@@ -79,7 +80,7 @@ CALL = {"function": {"name": "add", "arguments": {}}}
     ],
 )
 def test_what_does_not_fit_is_named(fields: dict[str, Any], words: str) -> None:
-    assert words in (problem(fields) or "")
+    assert words in (row_problem(fields) or "")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,10 @@ def test_what_does_not_fit_is_named(fields: dict[str, Any], words: str) -> None:
     ],
 )
 def test_what_fits_is_taken(fields: dict[str, Any]) -> None:
-    assert problem(fields) is None
+    assert row_problem(fields) is None
 
 
 def test_five_problems_are_told_and_the_rest_counted() -> None:
-    refuse([], of="rows")
+    raise_problems([], noun="rows")
     with pytest.raises(InputError, match=r"^x:0: bad; .*x:4: bad \(and 2 more rows\)$"):
-        refuse([(f"x:{number}", "bad") for number in range(7)], of="rows")
+        raise_problems([(f"x:{number}", "bad") for number in range(7)], noun="rows")

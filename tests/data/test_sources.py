@@ -5,7 +5,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.data.rows import Row
-from graft.data.sources import divide, find_parts
+from graft.data.sources import find_split_sources, hold_out
 from graft.errors import InputError
 
 import pytest
@@ -15,14 +15,16 @@ from support.tiny import TEXTS, write_rows
 
 def refused(data: Path | str, *needed: str, fraction: float = 0.1) -> str:
     with pytest.raises(InputError) as error:
-        for part in find_parts(str(data), needed or ("train",), valid_fraction=fraction).values():
+        for part in find_split_sources(
+            str(data), needed or ("train",), valid_fraction=fraction
+        ).values():
             part.rows()
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def contents(data: Path | str, *needed: str, fraction: float = 0.1) -> dict[str, list[Any]]:
-    parts = find_parts(str(data), needed, valid_fraction=fraction)
+    parts = find_split_sources(str(data), needed, valid_fraction=fraction)
     return {name: [row.fields for row in part.rows()] for name, part in parts.items()}
 
 
@@ -63,7 +65,7 @@ def test_missing_validation_rows_are_set_aside_by_content(tmp_path: Path, place:
     assert train.isdisjoint(valid)
     assert len(found["train"]) + len(found["valid"]) == 600
     assert 0.15 < len(found["valid"]) / 600 < 0.25
-    parts = find_parts(str(data), ["train", "valid"], valid_fraction=0.2)
+    parts = find_split_sources(str(data), ["train", "valid"], valid_fraction=0.2)
     assert parts["valid"].origin == f"20% of {tmp_path / 'train.jsonl'}, chosen by content"
     assert parts["train"].origin.startswith("80% of ")
 
@@ -71,23 +73,23 @@ def test_missing_validation_rows_are_set_aside_by_content(tmp_path: Path, place:
 def test_rows_stay_where_they_are_when_others_are_added() -> None:
     rows = numbered(400)
     shuffled = random.Random(0).sample(rows, 200)
-    train, valid = divide(rows, 0.1)
-    some_train, some_valid = divide(shuffled, 0.1)
-    assert {row.place for row in some_train} <= {row.place for row in train}
-    assert {row.place for row in some_valid} <= {row.place for row in valid}
+    train, valid = hold_out(rows, 0.1)
+    some_train, some_valid = hold_out(shuffled, 0.1)
+    assert {row.location for row in some_train} <= {row.location for row in train}
+    assert {row.location for row in some_valid} <= {row.location for row in valid}
 
 
 def test_what_stands_beside_the_content_does_not_move_a_row() -> None:
     rows = numbered(200)
-    told = [Row({"source": {"page": row.place}, **row.fields}, row.place) for row in rows]
-    one, two = divide(rows, 0.3)[1], divide(told, 0.3)[1]
-    assert [row.place for row in one] == [row.place for row in two]
+    told = [Row({"source": {"page": row.location}, **row.fields}, row.location) for row in rows]
+    one, two = hold_out(rows, 0.3)[1], hold_out(told, 0.3)[1]
+    assert [row.location for row in one] == [row.location for row in two]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_few_rows_still_give_both(count: int) -> None:
     for fraction in (0.001, 0.5, 0.999):
-        train, valid = divide(numbered(count), fraction)
+        train, valid = hold_out(numbered(count), fraction)
         assert train and valid and len(train) + len(valid) == count
 
 
@@ -119,14 +121,17 @@ def test_documents_of_a_folder_are_a_row_each(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("no")
     found = contents(tmp_path, "train", fraction=0)
     assert found == {"train": [{"text": "one"}, {"text": "# two"}]}
-    assert all(p.documents for p in find_parts(str(tmp_path), ["train"], valid_fraction=0).values())
+    assert all(
+        p.whole_documents
+        for p in find_split_sources(str(tmp_path), ["train"], valid_fraction=0).values()
+    )
 
 
 def test_a_single_document_is_divided_at_a_line(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(100))
     path = tmp_path / "book.txt"
     path.write_text(text)
-    parts = find_parts(str(path), ["train", "valid"], valid_fraction=0.1)
+    parts = find_split_sources(str(path), ["train", "valid"], valid_fraction=0.1)
     (train,), (valid,) = parts["train"].rows(), parts["valid"].rows()
     assert train.fields["text"] + valid.fields["text"] == text
     assert valid.fields["text"].startswith("line ")
@@ -148,13 +153,13 @@ def test_the_key_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     for name, rows in {"a": ["x"], "b": ["x"], "c": ["y"]}.items():
         write_rows(tmp_path / name, train=rows, valid=["v"])
     keys = [
-        find_parts(str(tmp_path / name), ["train"], valid_fraction=0.1)["train"].key
+        find_split_sources(str(tmp_path / name), ["train"], valid_fraction=0.1)["train"].key
         for name in "abc"
     ]
     assert keys[0] == keys[1] != keys[2]
     write_rows(tmp_path / "d", train=["x"])
     shares = [
-        find_parts(str(tmp_path / "d"), ["train", "valid"], valid_fraction=fraction)
+        find_split_sources(str(tmp_path / "d"), ["train", "valid"], valid_fraction=fraction)
         for fraction in (0.1, 0.2)
     ]
     assert len({part.key for parts in shares for part in parts.values()} | {keys[0]}) == 5
@@ -163,7 +168,7 @@ def test_the_key_is_of_the_content_not_the_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "needed", "words"),
     [
-        ({}, "train", "neither JSONL nor Parquet nor text"),
+        ({}, "train", "has no JSONL or Parquet or text files"),
         ({"other.jsonl": "{}"}, "train", "has only other.jsonl: name one of them with --data"),
         ({"valid.jsonl": '{"text": "a"}'}, "train", "train.jsonl is missing; "),
         ({"train.jsonl": '{"text": "a"}', "train.txt": "a"}, "train", "for train: keep one"),
@@ -215,9 +220,9 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 not really PAR1")
     assert f"cannot read {path}" in refused(path)
     parquet.write_table(arrow.Table.from_pylist([{"prompt": "a", "answer": "b"}]), path)
-    assert "it has 'prompt', 'answer'" in refused(path)
+    assert "this one has 'prompt', 'answer'" in refused(path)
     parquet.write_table(arrow.Table.from_pylist([{"text": "a"}, {"text": None}]), path)
-    assert refused(path).startswith(f"{path} row 2: no 'text'")
+    assert refused(path).startswith(f"{path} row 2: a row needs 'text'")
 
 
 def test_a_dataset_of_the_hub_is_asked_for_by_name(

@@ -18,16 +18,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_entry_comes_back_as_it_was(cache: Path) -> None:
-    assert token_cache.read("a1") is None
-    token_cache.write("a1", ARRAYS, RECORD)
-    found = token_cache.read("a1")
+    assert token_cache.read_entry("a1") is None
+    token_cache.write_entry("a1", ARRAYS, RECORD)
+    found = token_cache.read_entry("a1")
     assert found is not None
     arrays, record = found
     assert record == RECORD
     assert arrays.keys() == ARRAYS.keys()
     assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
     assert [arrays[name].dtype for name in ARRAYS] == [np.int32, np.bool_]
-    assert token_cache.read("a2") is None
+    assert token_cache.read_entry("a2") is None
     assert [path.name for path in cache.iterdir()] == ["a1.npz"]
 
 
@@ -35,7 +35,7 @@ def test_an_entry_comes_back_as_it_was(cache: Path) -> None:
 def test_a_damaged_entry_counts_as_missing_and_is_told(
     cache: Path, capsys: pytest.CaptureFixture[str], damage: str | int
 ) -> None:
-    token_cache.write("a1", ARRAYS, RECORD)
+    token_cache.write_entry("a1", ARRAYS, RECORD)
     path = cache / "a1.npz"
     raw = bytearray(path.read_bytes())
     if isinstance(damage, int):
@@ -44,7 +44,7 @@ def test_a_damaged_entry_counts_as_missing_and_is_told(
     path.write_bytes(contents.get(str(damage), bytes(raw)))
     if damage == "missing":
         np.savez(path, **ARRAYS)
-    found = token_cache.read("a1")
+    found = token_cache.read_entry("a1")
     said = capsys.readouterr().err
     if found is None:
         assert said.count("\n") == 1
@@ -54,23 +54,23 @@ def test_a_damaged_entry_counts_as_missing_and_is_told(
         assert np.array_equal(found[0]["tokens"], ARRAYS["tokens"])
         assert np.array_equal(found[0]["loss_mask"], ARRAYS["loss_mask"])
         assert found[1] == RECORD
-    token_cache.write("a1", ARRAYS, RECORD)
-    assert token_cache.read("a1") is not None
+    token_cache.write_entry("a1", ARRAYS, RECORD)
+    assert token_cache.read_entry("a1") is not None
 
 
 def test_what_was_not_used_for_longest_goes_first(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, name in enumerate(("one", "two", "three")):
-        token_cache.write(name, ARRAYS, RECORD)
+        token_cache.write_entry(name, ARRAYS, RECORD)
         os.utime(cache / f"{name}.npz", (number, number))
-    assert token_cache.read("one") is not None  # now it is the last one used
+    assert token_cache.read_entry("one") is not None  # now it is the last one used
     size = (cache / "one.npz").stat().st_size
     monkeypatch.setattr(token_cache, "LIMIT_BYTES", 3 * size)
-    token_cache.write("four", ARRAYS, RECORD)
+    token_cache.write_entry("four", ARRAYS, RECORD)
     assert {path.stem for path in cache.iterdir()} == {"one", "three", "four"}
     monkeypatch.setattr(token_cache, "LIMIT_BYTES", 1)
-    token_cache.write("five", ARRAYS, RECORD)
+    token_cache.write_entry("five", ARRAYS, RECORD)
     assert {path.stem for path in cache.iterdir()} == {"five"}
 
 
@@ -79,27 +79,27 @@ def test_a_place_that_cannot_be_written_is_told_and_costs_nothing_else(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "file"))
-    token_cache.write("a1", ARRAYS, RECORD)
+    token_cache.write_entry("a1", ARRAYS, RECORD)
     said = capsys.readouterr().err
-    assert said.startswith("note: the tokens are not kept") and said.count("\n") == 1
-    assert token_cache.read("a1") is None
+    assert said.startswith("note: the tokens are not cached") and said.count("\n") == 1
+    assert token_cache.read_entry("a1") is None
 
 
 def test_the_place_is_the_user_s_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("GRAFT_CACHE", raising=False)
-    assert token_cache.folder() == tmp_path / ".cache" / "graft" / "tokens"
+    assert token_cache.cache_folder() == tmp_path / ".cache" / "graft" / "tokens"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert token_cache.folder() == Path("/x/graft/tokens")
+    assert token_cache.cache_folder() == Path("/x/graft/tokens")
     monkeypatch.setenv("GRAFT_CACHE", "/y")
-    assert token_cache.folder() == Path("/y/tokens")
+    assert token_cache.cache_folder() == Path("/y/tokens")
 
 
 def test_off_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("GRAFT_CACHE", "off")
-    token_cache.write("a1", ARRAYS, RECORD)
-    assert token_cache.read("a1") is None
+    token_cache.write_entry("a1", ARRAYS, RECORD)
+    assert token_cache.read_entry("a1") is None
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data.tokenize import Passage, encode, identity, mark
+from graft.data.tokenize import Passage, encode, span_mask, tokenizer_digest
 from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 import pytest
@@ -46,7 +46,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("marked", [False, True])
 def test_many_at_once_are_what_each_is_alone(tokenizer: Any, marked: bool) -> None:
     passages = [Passage(text, (), starts=number % 3 > 0) for number, text in enumerate(MANY)]
-    found = encode(passages, tokenizer, marked=marked)
+    found = encode(passages, tokenizer, with_masks=marked)
     assert [one.ids for one in found] == [
         tokenizer.encode(one.text, **({} if one.starts else {"add_special_tokens": False}))
         for one in passages
@@ -62,45 +62,47 @@ def test_marked_tokens_say_what_the_span_says(tokenizer: Any, text: str) -> None
         before = tokenizer.encode(text[:cut])
         if ids[: len(before)] != before:
             continue
-        (one,) = encode([Passage(text, ((cut, len(text)),))], tokenizer, marked=True)
-        (other,) = encode([Passage(text, ((0, cut),))], tokenizer, marked=True)
-        assert one.marks is not None and other.marks is not None
-        assert one.marks.tolist() == [at >= len(before) for at in range(len(ids))], text[:cut]
+        (one,) = encode([Passage(text, ((cut, len(text)),))], tokenizer, with_masks=True)
+        (other,) = encode([Passage(text, ((0, cut),))], tokenizer, with_masks=True)
+        assert one.loss_mask is not None and other.loss_mask is not None
+        assert one.loss_mask.tolist() == [at >= len(before) for at in range(len(ids))], text[:cut]
         start = len(tokenizer.encode(""))  # what begins a text says nothing
-        assert other.marks[start : len(before)].all() and not other.marks[len(before) :].any()
+        assert (
+            other.loss_mask[start : len(before)].all() and not other.loss_mask[len(before) :].any()
+        )
         exact += 1
     assert exact > 5
 
 
 def test_a_token_across_the_edge_is_marked_whole() -> None:
     #                     "ab"    "cd"    "ef"
-    marks = mark([(0, 2), (2, 4), (4, 6)], [(3, 4)])
+    marks = span_mask([(0, 2), (2, 4), (4, 6)], [(3, 4)])
     assert marks.tolist() == [False, True, False]
-    assert mark([(0, 2), (2, 4), (4, 6)], [(1, 5)]).tolist() == [True, True, True]
-    assert mark([(0, 2), (2, 4)], [(2, 2)]).tolist() == [False, False]
-    assert mark([], [(0, 1)]).tolist() == []
+    assert span_mask([(0, 2), (2, 4), (4, 6)], [(1, 5)]).tolist() == [True, True, True]
+    assert span_mask([(0, 2), (2, 4)], [(2, 2)]).tolist() == [False, False]
+    assert span_mask([], [(0, 1)]).tolist() == []
 
 
 def test_all_tokens_of_one_character_are_marked_and_spaces_left_out_count() -> None:
     # Four byte tokens of a character; then " x" whose offsets leave the space out.
     offsets = [(0, 1), (1, 2), (1, 2), (1, 2), (1, 2), (3, 4)]
-    assert mark(offsets, [(1, 2)]).tolist() == [False, True, True, True, True, False]
-    assert mark(offsets, [(2, 3)]).tolist() == [False, False, False, False, False, True]
+    assert span_mask(offsets, [(1, 2)]).tolist() == [False, True, True, True, True, False]
+    assert span_mask(offsets, [(2, 3)]).tolist() == [False, False, False, False, False, True]
 
 
 def test_characters_of_several_tokens_are_marked_whole_by_sentencepiece(tmp_path: Path) -> None:
     tokenizer = SentencePieceTokenizer(write_sentencepiece(tmp_path / "tokenizer.model"))
     text = "A: 𝄞"  # never seen in training, so its four bytes are four tokens
-    (one,) = encode([Passage(text, ((3, 4),))], tokenizer, marked=True)
-    assert one.marks is not None
-    assert one.marks.tolist() == [False] * (len(one.ids) - 4) + [True] * 4
+    (one,) = encode([Passage(text, ((3, 4),))], tokenizer, with_masks=True)
+    assert one.loss_mask is not None
+    assert one.loss_mask.tolist() == [False] * (len(one.ids) - 4) + [True] * 4
 
 
 def test_tokens_that_prefixes_do_not_keep_are_told() -> None:
     texts = [Passage("abcd", ((2, 4),)), Passage("abcd", ((1, 4),))]
-    even, odd = encode(texts, Pairs(), marked=True)  # type: ignore[arg-type]
-    assert even.marks is not None and even.marks.tolist() == [False, True]
-    assert odd.marks is None
+    even, odd = encode(texts, Pairs(), with_masks=True)  # type: ignore[arg-type]
+    assert even.loss_mask is not None and even.loss_mask.tolist() == [False, True]
+    assert odd.loss_mask is None
 
 
 def test_identity_is_of_the_content_not_the_place(tmp_path: Path) -> None:
@@ -109,9 +111,9 @@ def test_identity_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     two = tmp_path / "moved" / "tokenizer.model"
     two.write_bytes(one.read_bytes())
     other = write_sentencepiece(tmp_path / "other.model", vocab_size=390)
-    names = [identity(SentencePieceTokenizer(path)) for path in (one, two, other)]
+    names = [tokenizer_digest(SentencePieceTokenizer(path)) for path in (one, two, other)]
     assert names[0] == names[1] != names[2]
-    assert identity(Bytes()) is None  # type: ignore[arg-type]
+    assert tokenizer_digest(Bytes()) is None  # type: ignore[arg-type]
 
 
 def test_identity_of_hugging_face_s_covers_the_chat_template(tmp_path: Path) -> None:
@@ -121,7 +123,8 @@ def test_identity_of_hugging_face_s_covers_the_chat_template(tmp_path: Path) -> 
         return load_tokenizer(written)
 
     names = [
-        identity(named(*pair)) for pair in (("a", "{{ 1 }}"), ("b", "{{ 1 }}"), ("c", "{{ 2 }}"))
+        tokenizer_digest(named(*pair))
+        for pair in (("a", "{{ 1 }}"), ("b", "{{ 1 }}"), ("c", "{{ 2 }}"))
     ]
     assert names[0] is not None
     assert names[0] == names[1] != names[2]

@@ -8,7 +8,7 @@ import lora
 from graft.adapters.attach import LayerConfig, attach, lora_layers
 from graft.adapters.targets import choose_layers
 from graft.data.batches import Batch, pad
-from graft.data.examples import tokenize
+from graft.data.examples import tokenize_rows
 from graft.data.rows import Row
 from graft.pretrained.load import load_model
 
@@ -80,7 +80,7 @@ def theirs(folder: Path) -> Any:
 def batch(folder: Path) -> Batch:
     """Rows of four lengths, padded."""
     _, tokenizer, _ = load_model(folder)
-    examples = tokenize(ROWS, tokenizer, max_length=64).examples
+    examples = tokenize_rows(ROWS, tokenizer, max_length=64).examples
     batch = pad(examples, range(len(examples)))
     assert len({len(example) for example in examples}) > 1 and not batch.loss_mask.all()
     return batch
@@ -140,7 +140,7 @@ def test_evaluation_is_the_same_cross_entropy(
     folder: Path, ours: nn.Module, theirs: Any, batch: Batch
 ) -> None:
     _, tokenizer, _ = load_model(folder)
-    split = tokenize(ROWS, tokenizer, max_length=64)
+    split = tokenize_rows(ROWS, tokenizer, max_length=64)
     with torch.no_grad():
         expected = torch_loss(theirs, batch).item()
     assert lora.evaluate(ours, split, 3).loss == pytest.approx(expected, abs=1e-5)
