@@ -27,15 +27,11 @@ from graft.pretrained.folder import (
     has_hugging_face_layout,
     has_meta_layout,
 )
+from graft.pretrained.foreign_quantization import is_foreign, open_foreign, quantizer_of
 from graft.pretrained.hugging_face import open_hugging_face_folder
 from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.meta import open_meta_folder
-from graft.pretrained.mlx_names import (
-    parameters_of,
-    quantization_of,
-    translated,
-    under_mlx_names,
-)
+from graft.pretrained.mlx_names import parameters_of, under_mlx_names
 from graft.quantization.choose import (
     BITS,
     GROUP_SIZES,
@@ -217,15 +213,15 @@ def write_model(
     from mlx_lm.utils import save_config
 
     config, tensors = source.config, source.tensors
-    if kind := quantization_of(config):
+    if kind := quantizer_of(config):
         if settings:
-            raise InputError(f"{source.folder} is quantized already, {kind}; leave -q away")
-        if "quantization" not in config:
-            config, tensors = translated(source.folder)
+            raise InputError(f"{source.folder} is quantized already, by {kind}; omit -q")
+        if is_foreign(config):
+            config, tensors = open_foreign(source.folder, config)
     model = build_model(config)
     parameters = sum(array.size for array in parameters_of(model).values())
     staged = folder / "staged.safetensors"
-    tensors, notes = under_mlx_names(model, tensors, staged)
+    tensors, notes = under_mlx_names(model, tensors, staged, place=str(source.folder))
     if "quantization" in config:
         quantize_as_saved(model, config["quantization"], cast(Any, tensors))
     check_fit(parameters_of(model), tensors, str(source.folder))

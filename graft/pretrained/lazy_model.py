@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from graft.pretrained.folder import open_folder
+from graft.pretrained.foreign_quantization import is_foreign, open_foreign
 from graft.pretrained.load import build_model, quantize_as_saved
-from graft.pretrained.mlx_names import (
-    Tensors,
-    parameters_of,
-    quantization_of,
-    translated,
-    under_mlx_names,
-)
-from graft.storage.lazy_tensors import check_fit
+from graft.pretrained.mlx_names import parameters_of, under_mlx_names
+from graft.storage.lazy_tensors import LazyTensor, check_fit
 
 import mlx.nn as nn
 
@@ -38,7 +33,7 @@ class BaseFiles:
     folder: Path
     config: dict[str, Any]
     model: nn.Module
-    tensors: Tensors
+    tensors: dict[str, LazyTensor]
 
 
 @contextmanager
@@ -54,12 +49,12 @@ def open_base(folder: Path, scratch: Path) -> Iterator[BaseFiles]:
         InputError: the folder is incomplete or damaged.
     """
     config, tensors = open_folder(folder)
-    if quantization_of(config) and "quantization" not in config:
-        config, tensors = translated(folder)
+    if is_foreign(config):
+        config, tensors = open_foreign(folder, config)
     model = build_model(config)
     staged = scratch / "staged.safetensors"
     try:
-        tensors, _ = under_mlx_names(model, tensors, staged)
+        tensors, _ = under_mlx_names(model, tensors, staged, place=str(folder))
         if "quantization" in config:
             quantize_as_saved(model, config["quantization"], cast(Any, tensors))
         check_fit(parameters_of(model), tensors, str(folder))

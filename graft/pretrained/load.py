@@ -10,6 +10,8 @@ from typing import Any
 
 from graft.errors import InputError, first_line
 from graft.pretrained.folder import find_folder, read_folder
+from graft.pretrained.foreign_quantization import is_foreign, load_foreign
+from graft.pretrained.mlx_names import parameters_of, sanitized
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu as backend
 from graft.storage.json_file import read_json
@@ -17,13 +19,9 @@ from graft.storage.lazy_tensors import check_fit
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-
-Config = dict[str, Any]
-Weights = dict[str, mx.array]
 
 
-def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, Config]:
+def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """Load a model with its tokenizer.
 
     Args:
@@ -40,7 +38,7 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, Co
     return model, load_tokenizer(folder, config.get("eos_token_id")), config
 
 
-def read_model(folder: Path) -> tuple[nn.Module, Config]:
+def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Build the architecture that a folder's configuration names and fill in its weights.
 
     Raises:
@@ -50,13 +48,14 @@ def read_model(folder: Path) -> tuple[nn.Module, Config]:
     backend.check_compiler()
     config, weights = read_folder(folder)
     config = _with_end_tokens(config, folder)
-    if "quantization" not in config and "quantization_config" in config:
-        return _load_foreign_quantization(folder, config)
+    if is_foreign(config):
+        model, config = load_foreign(folder, config)
+        return _made_ready(model), config
     model = build_model(config)
-    weights = _sanitize(model, weights, folder)
+    weights = sanitized(model, weights, str(folder))
     if "quantization" in config:
         quantize_as_saved(model, config["quantization"], weights)
-    check_fit(dict(tree_flatten(model.parameters())), weights, str(folder))
+    check_fit(parameters_of(model), weights, str(folder))
     model.load_weights(list(weights.items()))
     try:
         return _made_ready(model), config
@@ -67,13 +66,13 @@ def read_model(folder: Path) -> tuple[nn.Module, Config]:
 def fingerprint(model: nn.Module) -> str:
     """A hash by which to know a model again: names, shapes, types and some values of its arrays."""
     digest = hashlib.sha256()
-    for name, array in sorted(dict(tree_flatten(model.parameters())).items()):
+    for name, array in sorted(parameters_of(model).items()):
         some = array.reshape(-1)[:256].astype(mx.float32).tolist()
         digest.update(repr((name, array.shape, str(array.dtype), some)).encode())
     return digest.hexdigest()
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: dict[str, Any]) -> nn.Module:
     """The architecture of mlx-lm that `config` describes, with random weights.
 
     Raises:
@@ -101,36 +100,11 @@ def build_model(config: Config) -> nn.Module:
     return model
 
 
-def _with_end_tokens(config: Config, folder: Path) -> Config:
+def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration with all ids that end a text, which generation_config.json lists."""
     file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
     return config if ids is None else config | {"eos_token_id": ids}
-
-
-def _sanitize(model: nn.Module, weights: Weights, folder: Path) -> Weights:
-    """Translate the names and shapes of other tools, as the architecture knows them."""
-    if not hasattr(model, "sanitize"):
-        return weights
-    try:
-        sanitized: Weights = model.sanitize(weights)
-    except Exception as error:  # every architecture fails in its own way
-        raise InputError(
-            f"the weights in {folder} do not fit config.json: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
-    return sanitized
-
-
-def _load_foreign_quantization(folder: Path, config: Config) -> tuple[nn.Module, Config]:
-    """AWQ, GPTQ, mxfp4 and the like, which mlx-lm translates from safetensors."""
-    from mlx_lm.utils import load_model as load_with_mlx_lm
-
-    try:
-        model, config = load_with_mlx_lm(folder, lazy=True, model_config=config)
-    except Exception as error:  # mlx-lm checks little before it begins
-        raise InputError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
-    return _made_ready(model), config
 
 
 def _made_ready(model: nn.Module) -> nn.Module:
@@ -140,7 +114,7 @@ def _made_ready(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantize_as_saved(model: nn.Module, quantization: Any, weights: Weights) -> None:
+def quantize_as_saved(model: nn.Module, quantization: Any, weights: dict[str, mx.array]) -> None:
     """Quantize what the file holds quantized: as told by path, else as the tensors' shapes show."""
     from mlx_lm.utils import infer_quant_config
 
