@@ -26,7 +26,6 @@ from graft.adapters.files import (
     load_adapter,
     save_adapter,
 )
-from graft.adapters.targets import plan_run, read_originals
 from graft.cli.command import command
 from graft.data.batches import Batch, TrainingBatches, group_rows, pad, sample_rows
 from graft.data.examples import Split, describe_split, load_splits
@@ -50,6 +49,7 @@ from graft.training.packing import find_capacity, forward
 from graft.training.progress import Progress, Window
 from graft.training.reporters import REPORTERS
 from graft.training.run_folder import RunFiles, check_options, check_same
+from graft.training.setup import plan_run, read_originals
 from graft.training.step import StepResult, UpdateStep
 from graft.training.supervisor import is_supervised, supervise_run
 

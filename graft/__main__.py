@@ -21,10 +21,7 @@ VERBS = {
     "lora": ("graft.lora:main", "train, evaluate and generate with an adapter"),
     "merge": ("graft.exporting.merge:main_merge", "make one adapter of several"),
     "serve": ("graft.cli.serve:main", "serve a model with many adapters over HTTP"),
-    "targets": (
-        "graft.adapters.targets:main",
-        "show what can be adapted, and what options would train",
-    ),
+    "targets": ("graft.cli.targets:main", "show what can be adapted, and what options would train"),
 }
 
 

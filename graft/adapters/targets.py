@@ -1,32 +1,24 @@
-"""Which layers of a model to adapt, at what rank: from what a person says to settings.
+"""Chooses the layers of a model to adapt, and their rank and alpha, from names and patterns.
 
-    python -m graft targets --model M --targets q_proj,*norm* --rank-pattern q_proj=16
-
-prints every layer that can be adapted, and what these options would train, without training. Knows
-module paths, kinds and methods; nothing of training.
+A target is a module's name (`q_proj`), the end of its path (`mlp.up_proj`), a whole path, a glob
+over whole paths (`*.mlp.*`), a keyword such as `all-linear`, or one of these followed by the part
+of a fused projection (`c_attn.q`). Knows module paths, kinds and methods; nothing of training.
 """
 
-import argparse
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.adapters.attach import LayerConfig, attach, count_parameters, setting_problems
-from graft.adapters.layer_kinds import LINEAR, VECTOR, FusedParts, LayerKind, kind_of
+from graft.adapters.attach import LayerConfig, setting_problems
+from graft.adapters.fused_projections import find_fused_parts
+from graft.adapters.layer_kinds import VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
-from graft.cli.command import command
 from graft.errors import InputError
-from graft.models import is_quantized, linear_dims, weight_shape
-from graft.pretrained.folder import find_folder
-from graft.pretrained.load import read_model
+from graft.pretrained.architectures import FEED_FORWARD_OUTPUTS
 from graft.pretrained.module_paths import natural_key
-from graft.training import options as run_options
-from graft.training.options import DEFAULT_ALPHA, Options
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 ALL_LINEAR = "all-linear"
 
@@ -38,32 +30,6 @@ KEYWORDS: dict[str, Callable[["Candidate"], bool]] = {
     "all-norms": lambda layer: layer.kind is VECTOR,
     "all-biases": lambda layer: "bias" in layer.module,
 }
-
-# Names that fused projections have in mlx-lm, and the parts in them.
-QKV = ("q", "k", "v")
-FUSED_NAMES: dict[str, tuple[str, ...]] = {
-    "c_attn": QKV,
-    "qkv": QKV,
-    "qkv_proj": QKV,
-    "query_key_value": QKV,
-    "wqkv": QKV,
-    "Wqkv": QKV,
-    "gate_up_proj": ("gate", "up"),
-}
-# Architectures where the parts recur: for every head, or for every key-value head.
-RECURRING = {
-    "mlx_lm.models.gpt_neox": "heads",
-    "mlx_lm.models.internlm2": "groups",
-    "mlx_lm.models.phi3small": "groups",
-}
-HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head")
-KEY_VALUE_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
-
-# A feed-forward block's second matrix, whose input (IA)3 scales instead of its output.
-FEED_FORWARD_ENDS = (
-    *("down_proj", "mlp.c_proj", "fc2", "w2", "linear2", "dense_4h_to_h", "fc_out", "wo"),
-    *("mlp.proj", "ffn.down", "feed_forward.w2"),
-)
 
 
 @dataclass(frozen=True)
@@ -150,46 +116,6 @@ def plan(
     return settings
 
 
-def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
-    """`plan` by the options of a run.
-
-    Raises:
-        InputError: as for `plan`, or patterns that cannot be read.
-    """
-    return plan(
-        model,
-        options.targets,
-        rank=options.rank,
-        alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
-        method=options.method,
-        num_layers=options.lora_layers,
-        rank_pattern=parse_pattern(options.rank_pattern or "", int, option="--rank-pattern"),
-        alpha_pattern=parse_pattern(options.alpha_pattern or "", float, option="--alpha-pattern"),
-    )
-
-
-def read_originals(name: str | None, settings: Mapping[str, LayerConfig]) -> dict[str, mx.array]:
-    """The weights before quantization that LoftQ starts from, by module path; none without LoftQ.
-
-    Args:
-        name: folder or Hub name of the model before quantization.
-        settings: what will be adapted.
-
-    Raises:
-        InputError: LoftQ without a name, or a model that is quantized too or lacks the layers.
-    """
-    paths = [path for path, s in settings.items() if METHODS[s.method].start_from_original]
-    if not paths:
-        return {}
-    if name is None:
-        raise InputError("--method loftq needs --original-model, the model before quantization")
-    modules = dict(read_model(find_folder(name))[0].named_modules())
-    bad = [path for path in paths if path not in modules or is_quantized(modules[path])]
-    if bad:
-        raise InputError(f"--original-model {name} has no whole weight of {', '.join(bad)}")
-    return {path: modules[path].weight for path in paths}
-
-
 def choose_layers(
     model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), *, num_layers: int | None = None
 ) -> list[str]:
@@ -232,29 +158,6 @@ def block_paths(model: nn.Module) -> list[str]:
         raise InputError(f"{type(model).__name__} has no list of transformer blocks to adapt")
     paths = {id(module): path for path, module in model.named_modules()}
     return [paths[id(block)] for block in blocks]
-
-
-def find_parts(module: nn.Module, name: str, parent: nn.Module | None) -> FusedParts | None:
-    """The parts of a linear layer that is a fused projection by its name, or `None`.
-
-    Args:
-        module: the layer.
-        name: the last part of its path.
-        parent: the module around it, whose numbers of heads tell the sizes.
-    """
-    names = FUSED_NAMES.get(name)
-    if names is None or kind_of(module) is not LINEAR:
-        return None
-    outputs = linear_dims(module)[1]
-    heads = _attribute(parent, HEADS) or 1
-    groups = _attribute(parent, KEY_VALUE_HEADS) or heads
-    shares = (heads // groups, 1, 1) if names is QKV else (1,) * len(names)
-    unit, rest = divmod(outputs, sum(shares))
-    recurring = RECURRING.get(type(parent).__module__)
-    repeats = {"heads": heads, "groups": groups}.get(recurring or "", 1)
-    if rest or unit % repeats or (names is QKV and heads % groups):
-        return None
-    return FusedParts(names, tuple(unit // repeats * share for share in shares), (), repeats)
 
 
 def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
@@ -306,7 +209,7 @@ def _all_names(path: str, parent: nn.Module | None) -> tuple[str, ...]:
 
 
 def _part_candidates(layer: Candidate, parent: nn.Module | None) -> list[Candidate]:
-    parts = find_parts(layer.module, layer.path.rpartition(".")[2], parent)
+    parts = find_fused_parts(layer.module, layer.path.rpartition(".")[2], parent)
     if parts is None:
         return []
     return [
@@ -404,7 +307,7 @@ def _setting(
 ) -> LayerConfig:
     """A layer's setting: what patterns say, else what is said for all, else 1 without a rank."""
     on_ends = METHODS[method].on_feed_forward_ends
-    if on_ends and any(_names(layer.path, end) for end in FEED_FORWARD_ENDS):
+    if on_ends and any(_names(layer.path, end) for end in FEED_FORWARD_OUTPUTS):
         method = on_ends
     without_rank = layer.kind is VECTOR or not METHODS[method].ranked
     rank, alpha = (1, 1.0) if without_rank else (rank, alpha)
@@ -413,85 +316,3 @@ def _setting(
         alpha = float(rank)
     alpha = alpha if own_alpha is None else own_alpha
     return LayerConfig(rank, alpha, method, parts=layer.parts)
-
-
-def _attribute(module: nn.Module | None, names: Sequence[str]) -> int | None:
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
-
-
-FIELDS = (
-    *("model", "lora_layers", "method", "targets"),
-    *("rank", "alpha", "rank_pattern", "alpha_pattern"),
-)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `lora.py` that tell what is adapted."""
-    text = "Show which layers of a model can be adapted, and what would be trained at what rank."
-    parser = run_options.build_parser(text, FIELDS)
-    methods = (f"  {name:<12} {method.text}" for name, method in METHODS.items())
-    parser.epilog = "\n".join(["methods:", *methods])
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    return parser
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table of every layer that can be adapted, and the totals.
-
-    Raises:
-        InputError: as for `plan`.
-    """
-    options = run_options.from_mapping(run_options.parse(build_parser(), argv))
-    model, _ = read_model(find_folder(options.model))
-    settings = plan_run(model, options)
-    found = candidates(model, -1)
-    layers = [layer for layer in found if layer.parts is None]
-    parts = {layer.path: layer.parts.names for layer in found if layer.parts is not None}
-    total = count_parameters(model)[1]
-    attach(model, settings, blank=True)
-    trained = {
-        path: sum(array.size for array in dict(tree_flatten(layer.trainable_parameters())).values())
-        for path, layer in model.named_modules()
-        if path in settings
-    }
-    rows = [
-        _row(layer, parts.get(layer.path, ()), settings.get(layer.path), trained.get(layer.path, 0))
-        for layer in layers
-    ]
-    print(_table(("layer", "kind", "shape", "trained", "rank", "alpha", "parameters"), rows))
-    count = sum(trained.values())
-    print(
-        f"\n{len(settings)} of {len(layers)} layers adapted: {count:,} parameters trained beside "
-        f"{total:,} of the model ({count / total:.2%})"
-    )
-    return 0
-
-
-def _row(
-    layer: Candidate, parts: Sequence[str], setting: LayerConfig | None, trained: int
-) -> tuple[str, ...]:
-    """A line of the table: what the layer is, with its parts, and how it is adapted."""
-    kind = layer.kind.name + (f" ({', '.join(parts)})" if parts else "")
-    bits = f", {layer.module.bits} bits" if is_quantized(layer.module) else ""
-    shape = "x".join(map(str, weight_shape(layer.module))) + bits
-    if setting is None:
-        return layer.path, kind, shape, "-", "", "", ""
-    enabled = f" {'+'.join(setting.parts.enabled)}" if setting.parts else ""
-    rank = str(setting.rank) if layer.kind is not VECTOR and METHODS[setting.method].ranked else "-"
-    how = setting.method + enabled
-    return layer.path, kind, shape, how, rank, f"{setting.alpha:g}", f"{trained:,}"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest entry; numbers stand to the right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = ("rank", "alpha", "parameters")
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(head, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )

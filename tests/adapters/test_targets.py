@@ -1,23 +1,20 @@
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.__main__ import main as graft_main
 from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
-from graft.adapters.targets import find_parts, main, parse_pattern, plan
+from graft.adapters.targets import parse_pattern, plan
 from graft.errors import InputError
 from graft.training.options import Options
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from support.tiny import LLAMA, QWEN2, make_model, write_model
+from support.tiny import LLAMA, QWEN2, make_model
 
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",
@@ -186,75 +183,6 @@ def test_a_part_of_a_fused_projection_is_named_behind_it() -> None:
     assert plan(model, "c_attn,c_attn.q", rank=2)["model.h.0.attn.c_attn"].parts is None
 
 
-def columns_of(model: nn.Module, path: str, part: str) -> set[int]:
-    """Outputs of a fused projection that a part's update reaches."""
-    attach(model, plan(model, f"{path}.{part}", rank=1, num_layers=-1))
-    (layer,) = (layer for found, layer in lora_layers(model) if found == path)
-    layer.lora_b = mx.ones_like(layer.lora_b)
-    rows = mx.any(layer.delta() != 0, axis=1).tolist()
-    return {number for number, reached in enumerate(rows) if reached}
-
-
-@pytest.mark.parametrize(
-    ("config", "path", "split"),
-    [
-        # mlx_lm/models/gpt2.py: mx.split(qkv, 3, axis=-1)
-        (GPT2, "model.h.0.attn.c_attn", {"q": range(32), "v": range(64, 96)}),
-        # phi3.py: queries of all heads, then keys, then values; 4 heads of 16, 2 for keys
-        (
-            PHI3,
-            "model.layers.0.self_attn.qkv_proj",
-            {"q": range(64), "k": range(64, 96), "v": range(96, 128)},
-        ),
-        (PHI3, "model.layers.0.mlp.gate_up_proj", {"gate": range(128), "up": range(128, 256)}),
-        # gpt_neox.py: reshape to (heads, 3 * 8), then split in three
-        (
-            NEOX,
-            "model.h.0.attention.query_key_value",
-            {"k": [head * 24 + 8 + i for head in range(4) for i in range(8)]},
-        ),
-        # internlm2.py: reshape to (key-value heads, 2 queries + key + value, 16)
-        (
-            INTERNLM2,
-            "model.layers.0.attention.wqkv",
-            {
-                "q": [group * 64 + i for group in range(2) for i in range(32)],
-                "v": [group * 64 + 48 + i for group in range(2) for i in range(16)],
-            },
-        ),
-    ],
-)
-def test_parts_are_where_the_architecture_splits(
-    config: dict[str, Any], path: str, split: dict[str, Any]
-) -> None:
-    for part, columns in split.items():
-        assert columns_of(make_model(config), path, part) == set(columns)
-
-
-def test_the_key_part_changes_what_the_architecture_takes_for_keys() -> None:
-    """With B of the keys trained, the keys in the cache change, and the values do not."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    tokens = mx.array([[1, 5, 9, 30]])
-    for config, name in ((NEOX, "query_key_value"), (INTERNLM2, "wqkv"), (PHI3, "qkv_proj")):
-        model = make_model(config)
-        before = make_prompt_cache(model)
-        model(tokens, cache=before)
-        attach(model, plan(model, f"{name}.k", rank=1, num_layers=-1))
-        first = lora_layers(model)[0][1]
-        first.lora_b = mx.ones_like(first.lora_b)
-        after = make_prompt_cache(model)
-        model(tokens, cache=after)
-        assert not mx.allclose(before[0].keys, after[0].keys), name
-        assert mx.array_equal(before[0].values, after[0].values), name
-
-
-def test_a_layer_without_a_fused_name_has_no_parts() -> None:
-    assert find_parts(nn.Linear(4, 12), "q_proj", None) is None
-    assert find_parts(nn.Linear(4, 12), "qkv", None) == FusedParts(("q", "k", "v"), (4, 4, 4), ())
-    assert find_parts(nn.Linear(4, 13), "qkv", None) is None
-
-
 def test_any_model_without_blocks_is_chosen_from_as_a_whole() -> None:
     model = nn.Transformer(16, 2, 1, 1)
     paths = plan(model, "all-linear", rank=2)
@@ -343,106 +271,7 @@ def test_text_that_is_no_pattern_is_named_piece_by_piece() -> None:
     assert "v_proj=2" not in str(error.value)
 
 
-def test_the_table_tells_every_layer_and_the_totals(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_model(tmp_path / "m", LLAMA, bits=4)
-    arguments = ["--model", str(folder), "--targets", "q_proj,*norm*,lm_head", "--lora-layers", "2"]
-    assert graft_main(["targets", *arguments, "--rank", "4", "--rank-pattern", "lm_head=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    cells = {line.split()[0]: line.split() for line in lines[1:-2]}
-    # 3 blocks of 7 projections and 2 norms, a norm, an embedding and a head.
-    assert len(cells) == 30
-    q_proj = "model.layers.2.self_attn.q_proj"
-    assert cells[q_proj] == [q_proj, "linear", "64x64,", "4", "bits", "lora", "4", "16", "512"]
-    assert cells["model.norm"][1:] == ["vector", "64", "lora", "-", "1", "64"]
-    assert cells["lm_head"][-3:] == ["2", "16", "1,152"]
-    assert cells["model.layers.0.self_attn.q_proj"][-1] == "-"
-    trained = 2 * 512 + 5 * 64 + 1152
-    assert f"8 of 30 layers adapted: {trained:,} parameters trained beside 176,576" in lines[-1]
-
-
-def test_the_table_tells_the_parts_of_a_fused_projection(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_model(tmp_path / "m", PHI3)
-    assert main(["--model", str(folder), "--targets", "qkv_proj.q,qkv_proj.v", "--rank", "2"]) == 0
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    (cells,) = [line for line in lines if line[0] == "model.layers.0.self_attn.qkv_proj"]
-    trained = 2 * 2 * 64 + 2 * (64 + 32)
-    assert [cell.strip() for cell in cells if cell.strip()][1:] == [
-        "linear (q, k, v)",
-        "128x64",
-        "lora q+v",
-        "2",
-        "16",
-        str(trained),
-    ]
-
-
 def test_the_table_s_totals_are_those_of_the_training(tmp_path: Path) -> None:
     model = make_model(LLAMA)
     attach(model, plan(model, "q_proj,*norm*,lm_head", rank=4, num_layers=2))
     assert count_parameters(model)[0] == 2 * 512 + 5 * 64 + 4 * (512 + 64)
-
-
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_model(tmp_path / "m", LLAMA)
-    assert main(["--model", str(folder), "--rank", "33", "--method", "olora"]) == 2
-    said = capsys.readouterr().err
-    assert "rank 33 for" in said and "k_proj" in said and said.count("\n") == 1
-
-
-def test_loftq_corrects_the_rounding_of_a_run_s_model(tmp_path: Path) -> None:
-    import lora
-
-    whole = write_model(tmp_path / "whole", LLAMA)
-    packed = write_model(tmp_path / "packed", LLAMA, bits=2)
-    from graft.pretrained.load import read_model
-    from graft.training.options import from_mapping
-
-    errors = {}
-    for method in ("lora", "loftq"):
-        model, _ = read_model(packed)
-        options = from_mapping({"method": method, "rank": 16, "original_model": str(whole)})
-        record = lora.start_adapter(model, options)
-        assert {setting.method for setting in record.layers.values()} == {method}
-        layer = model.model.layers[0].mlp.up_proj
-        original = read_model(whole)[0].model.layers[0].mlp.up_proj.weight
-        errors[method] = mx.linalg.norm(layer.fuse(dequantize=True).weight - original).item()
-    assert errors["loftq"] < 0.8 * errors["lora"]
-
-
-@pytest.mark.parametrize("original", [None, "packed", "other"])
-def test_loftq_needs_the_model_before_quantization(original: str | None, tmp_path: Path) -> None:
-    from graft.adapters.targets import read_originals
-    from graft.pretrained.load import read_model
-
-    write_model(tmp_path / "packed", LLAMA, bits=4)
-    write_model(tmp_path / "other", {**LLAMA, "num_hidden_layers": 1})
-    model, _ = read_model(tmp_path / "packed")
-    settings = plan(model, "q_proj", method="loftq")
-    name = None if original is None else str(tmp_path / original)
-    with pytest.raises(InputError, match="--original-model"):
-        read_originals(name, settings)
-    with pytest.raises(InputError, match=r"before quantization of model\.layers\.0"):
-        attach(model, settings)
-
-
-def test_the_record_of_a_run_has_its_patterns(tmp_path: Path) -> None:
-    import lora
-    from graft.adapters.files import save_adapter
-    from graft.training.options import from_mapping
-
-    model = make_model(LLAMA)
-    options = from_mapping({"targets": "q_proj,model.norm", "rank_pattern": "q_proj=2"})
-    save_adapter(tmp_path / "a.npz", model, lora.start_adapter(model, options))
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert content["layers"]["model.norm"] == {
-        "rank": 1,
-        "alpha": 1.0,
-        "method": "lora",
-        "kind": "vector",
-    }
-    assert content["layers"][f"{BLOCK}.self_attn.q_proj"]["rank"] == 2
-    assert content["options"]["rank_pattern"] == "q_proj=2"
