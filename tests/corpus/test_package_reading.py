@@ -204,6 +204,7 @@ def test_a_builtin_module_is_inspected() -> None:
     assert docs(read("math"))["math.sqrt"] == "Return the square root of x."
 
 
+@pytest.mark.slow
 def test_numpys_compiled_functions_stand_under_numpy() -> None:
     found = read("numpy")
     kinds = {one.path: one.kind for one in found.objects if one.doc}

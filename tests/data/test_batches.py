@@ -170,11 +170,14 @@ def test_every_row_fits_its_width_and_some_row_fills_it() -> None:
 
 
 def cheapest(lengths: list[int], number: int) -> int:
-    """The least sum of so many widths, by trying all."""
-    return min(
-        sum(min(w for w in (*some, max(lengths)) if w >= length) for length in lengths)
-        for some in itertools.combinations(sorted(set(lengths)), number - 1)
-    )
+    """The least sum over all choices of `number` widths, each tried."""
+    values, counts = np.unique(lengths, return_counts=True)
+    rows_up_to = np.cumsum(counts)
+    last = len(values) - 1
+    choices = np.array(list(itertools.combinations(range(last), number - 1)), dtype=np.int64)
+    choices = np.concatenate([choices, np.full((len(choices), 1), last)], axis=1)
+    rows = np.diff(rows_up_to[choices], axis=1, prepend=0)
+    return int((values[choices] * rows).sum(axis=1).min())
 
 
 @pytest.mark.parametrize("seed", range(6))
