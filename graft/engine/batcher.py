@@ -13,7 +13,7 @@ from typing import Any
 from graft.engine.adapter_bank import AdapterBank
 from graft.engine.prompt_cache import PromptCache
 from graft.engine.request import Request
-from graft.engine.row_adapters import RidingModel
+from graft.engine.row_adapters import MultiAdapterModel
 from graft.engine.streams import FinishReason, Piece, State, TokenInfo
 from graft.errors import RunError, first_line
 from graft.pretrained.token_bytes import TokenBytes
@@ -69,7 +69,7 @@ class Batcher:
         prompt_cache_bytes: int,
         on_end: Callable[[Request], None],
     ) -> None:
-        self._riding = RidingModel(model, bank, alone=max_rows == 1)
+        self._model = MultiAdapterModel(model, bank, single_row=max_rows == 1)
         self._token_bytes = TokenBytes(tokenizer)
         self._ends = [[token] for token in sorted(tokenizer.eos_token_ids)]
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
@@ -152,7 +152,7 @@ class Batcher:
         from mlx_lm.generate import BatchGenerator
 
         return BatchGenerator(
-            self._riding,  # type: ignore[arg-type]
+            self._model,  # type: ignore[arg-type]
             stop_tokens=self._ends,
             completion_batch_size=self._max_rows,
             prefill_batch_size=min(PREFILL_ROWS, self._max_rows),
@@ -161,14 +161,14 @@ class Batcher:
 
     def _add(self, request: Request) -> None:
         if request.sampling.echo:
-            cache = self._riding.make_cache(request.adapters)
+            cache = self._model.make_cache(request.adapters)
             infos = [self._info(request.prompt[0])]
             self._scoring.append(_Scoring(request, cache, infos=infos))
         elif request.sampling.max_tokens == 0:
             self._end(request, "finished", finish_reason="length")
         else:
             caches, known = self.prompt_cache.find(request.cache_key, request.prompt)
-            cache = self._riding.make_cache(request.adapters)
+            cache = self._model.make_cache(request.adapters)
             request.stream.cached_tokens = known
             self._insert(request, [cache[0], *caches] if known else cache, known)
 
@@ -266,7 +266,7 @@ class Batcher:
         if scoring.done < len(prompt) - 1:
             end = min(scoring.done + self._scored_tokens(), len(prompt) - 1)
             with mx.stream(self._generator.stream):
-                logits = self._riding(mx.array([prompt[scoring.done : end]]), scoring.cache)[0]
+                logits = self._model(mx.array([prompt[scoring.done : end]]), scoring.cache)[0]
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 mx.eval(logprobs, [cache.state for cache in scoring.cache])
             for place, row in enumerate(np.array(logprobs), scoring.done + 1):

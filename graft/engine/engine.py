@@ -1,80 +1,61 @@
-"""One base model, many adapters, one batch: requests of any thread, computed by one.
+"""The engine: answers requests for one base model and many adapters, all in one batch.
 
-`Engine` keeps the names, limits and queue, and a thread that owns all evaluation: between two steps
-of the batch it admits requests, and takes adapters in or gives them up, a layer at a time. Files
-are read on another, always the same, as MLX keeps a worker for every thread that ever used it.
-Knows nothing of HTTP.
+`Engine` is what callers use from any thread: it keeps adapters, limits and requests, and hands the
+work to the thread of `EngineLoop`. Adapter files are read on a third thread, always the same one,
+because MLX keeps a worker for every thread that ever used it.
 """
 
 import atexit
 import dataclasses
 import itertools
-import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from graft.adapters.attach import lora_layers
+from graft.console import note
 from graft.engine.adapter_bank import AdapterBank
 from graft.engine.adapter_factors import BankFactors, check_rank, read_factors
-from graft.engine.batcher import Batcher
-from graft.engine.errors import (
-    AdapterDoesNotFit,
-    EngineClosed,
-    EngineFailed,
-    PromptTooLong,
-    QueueFull,
-)
+from graft.engine.errors import AdapterDoesNotFit, EngineClosed, PromptTooLong, QueueFull
+from graft.engine.loop import EngineLoop
 from graft.engine.registry import AdapterInfo, AdapterRegistry, LoadedAdapter
 from graft.engine.request import Request, Sampling, check_ids, check_scales
-from graft.engine.row_adapters import RidingModel, shares_batches
-from graft.engine.stats import Counts, EngineStats
+from graft.engine.row_adapters import MultiAdapterModel, can_batch
+from graft.engine.stats import EngineStats, RequestCounts
 from graft.engine.streams import Completion, Continuation, Stream
-from graft.engine.throughput import Pace
-from graft.errors import InputError, first_line
+from graft.errors import InputError
 from graft.pretrained.tokenizer import Tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
-@dataclass(eq=False)
-class _Chore:
-    """Something done to the bank, a little between every two steps."""
-
-    work: Iterator[None]
-    done: "Future[None]" = field(default_factory=Future)
-
-
 class Engine:
     """Serves requests for one model with many adapters, all in one batch.
 
-    It ends with the program, or by `close`, or as a context manager.
-
-    Every method may be called from any thread; a stream's `cancel` too.
+    Every method may be called from any thread, and so may the `cancel` of a stream. The engine runs
+    until `close`, the end of its `with` block, or the end of the program.
 
     Args:
-        model: belongs to the engine until `close`, which leaves it as it was. With an adapter
-            attached, of any kind, it is served as it is, and no adapter can be loaded beside.
-        tokenizer: of the model.
-        max_adapters: loaded at a time.
-        max_rank: of an adapter.
-        max_rows: requests in one step; 1 where mlx-lm cannot batch the architecture, which is said.
-        max_queue: requests that wait for a row.
-        max_prompt_tokens: of a request; `None` is the model's context.
-        prompt_cache_bytes: what the keys and values of earlier prompts may take.
-        prefill_tokens: of all prompts together that are processed between two steps: fewer delay
-            the answers that are being generated less, more finish prompts sooner.
+        model: used by the engine alone until `close`, which restores it. A model with an adapter
+            attached, of any method, is served as it is, and no adapter can be loaded.
+        tokenizer: the model's tokenizer.
+        max_adapters: most adapters loaded at a time.
+        max_rank: highest adapter rank.
+        max_rows: most requests in a step. If mlx-lm cannot batch the architecture, a note is
+            printed and it is 1.
+        max_queue: most requests waiting for a row.
+        max_prompt_tokens: longest prompt; `None` for the model's context.
+        prompt_cache_bytes: memory for the keys and values of earlier prompts.
+        prefill_tokens: most prompt tokens processed between two steps. Smaller values delay running
+            answers less, larger ones finish prompts sooner.
 
     Attributes:
-        bank_bytes: what adapters can take in memory within the limits.
-        tokenizer: of the model.
+        bank_bytes: most memory that adapters can take within the limits.
+        tokenizer: the model's tokenizer.
         tokenizer_lock: hold it while using the tokenizer elsewhere.
 
     Raises:
@@ -102,44 +83,32 @@ class Engine:
             max_prompt_tokens=max_prompt_tokens,
             prefill_tokens=prefill_tokens,
         )
-        # What is left to compute belongs to this thread, and the engine has another.
+        # Evaluate what is still lazy: it belongs to this thread, and the engine runs on another.
         mx.eval(model.state)
+        args = getattr(model, "args", None)
         self.tokenizer = tokenizer
+        self.tokenizer_lock = threading.Lock()
         self._bank = AdapterBank(model, max_adapters=max_adapters, max_rank=max_rank)
         self._max_queue = max_queue
         self._max_rows = _possible_rows(model, self._bank, max_rows)
-        self._context: int | None = getattr(
-            getattr(model, "args", None), "max_position_embeddings", None
-        )
-        self._vocabulary: int | None = getattr(getattr(model, "args", None), "vocab_size", None)
+        self._context: int | None = getattr(args, "max_position_embeddings", None)
+        self._vocabulary: int | None = getattr(args, "vocab_size", None)
         self._max_prompt = max_prompt_tokens or self._context
-        self._adapted = bool(lora_layers(model))
-        self.bank_bytes = 0 if self._adapted else self._bank.bank_bytes
+        self._has_attached_adapter = bool(lora_layers(model))
+        self.bank_bytes = 0 if self._has_attached_adapter else self._bank.bank_bytes
         self._adapters = AdapterRegistry(max_adapters)
         self._users: dict[Request, list[LoadedAdapter]] = {}
-        self._counts: dict[str, Counts] = {}
-        self._queue: deque[Request] = deque()
-        self._chores: deque[_Chore] = deque()
-        self._cancelled: deque[Request] = deque()
-        self._pace = Pace()
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self.tokenizer_lock = threading.Lock()
+        self._counts: dict[str, RequestCounts] = {}
         self._numbers = itertools.count(1)
-        self._closing = self._stopping = False
-        self._held_bytes = 0
-        self._batcher = Batcher(
-            model,
-            tokenizer,
+        self._loop = EngineLoop(
             self._bank,
+            tokenizer,
             max_rows=self._max_rows,
             prefill_tokens=prefill_tokens,
             prompt_cache_bytes=prompt_cache_bytes,
-            on_end=self._on_end,
+            on_end=self._end_request,
         )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="graft-reader")
-        self._thread = threading.Thread(target=self._run, name="graft-engine", daemon=True)
-        self._thread.start()
         atexit.register(self.close)
 
     def __enter__(self) -> "Engine":
@@ -149,77 +118,77 @@ class Engine:
         self.close()
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterInfo:
-        """Load an adapter of any format that Graft reads, while others generate.
+        """Load an adapter of any format that Graft reads, while requests run.
 
         Args:
-            name: by which requests will ask for it.
-            path: a file, a folder with one, or a Hub name.
-            replace: whether to take the place of an adapter of that name. Requests that run with
-                the old one end with it; new ones get the new one.
+            name: the name by which requests choose it.
+            path: a file, a folder that contains one, or a Hub name.
+            replace: whether to replace a loaded adapter of that name. Running requests finish with
+                the old one.
 
         Raises:
             AdapterAlreadyLoaded, TooManyAdapters, AdapterBusy: see `AdapterRegistry.reserve`.
-            AdapterNotFound: there is no such file.
-            AdapterDoesNotFit: it is for another base, or adapts what rows cannot have of their own,
-                or the model has an adapter attached.
+            AdapterNotFound: the file does not exist.
+            AdapterDoesNotFit: it is for another base model, or adapts layers that cannot differ
+                between the rows of a batch, or the model has an adapter attached.
             RankTooLarge: its rank is above the limit.
             InputError: the file is damaged.
             EngineClosed: the engine was closed.
         """
-        with self._lock:
-            self._check_open()
+        with self._loop.changed:
+            self._loop.check_open()
             if not name:
-                raise InputError("an adapter needs a name that is not empty")
-            if self._adapted:
+                raise InputError("an adapter's name must not be empty")
+            if self._has_attached_adapter:
                 raise AdapterDoesNotFit(
-                    f"{name} cannot be loaded beside the adapter that is attached to the engine's "
-                    "model; detach that one, and load both"
+                    f"{name} cannot be loaded: the engine's model has an adapter attached; "
+                    "detach it, and load both"
                 )
             self._adapters.reserve(name, replace=replace)
         try:
             factors = self._read(Path(path))
             check_rank(factors, self._bank.max_rank, name=name)
             infos: list[AdapterInfo] = []
-            self._do(self._install(name, str(path), factors, infos.append))
+            self._loop.change_bank(self._install(name, str(path), factors, infos.append))
             return infos[0]
         finally:
-            with self._lock:
+            with self._loop.changed:
                 self._adapters.unreserve(name)
 
     def unload_adapter(
         self, name: str, *, wait: bool = False, timeout: float | None = None
     ) -> None:
-        """Unload an adapter, which gives its memory back.
+        """Unload an adapter and free its memory.
 
         Args:
-            name: of the adapter.
-            wait: for the requests that run or wait with it; new ones do not find it meanwhile.
+            name: the adapter's name.
+            wait: whether to wait for the requests that use it; new ones are refused meanwhile.
             timeout: seconds to wait at most.
 
         Raises:
-            AdapterNotFound: there is none of that name.
-            AdapterBusy: requests run or wait with it, still after `timeout`.
+            AdapterNotFound: no adapter of that name is loaded.
+            AdapterBusy: requests use it, even after `timeout`.
             EngineClosed: the engine was closed.
         """
-        with self._lock:
-            self._check_open()
+        with self._loop.changed:
+            self._loop.check_open()
             adapter = self._adapters.leave(name)
             try:
                 if wait:
-                    self._changed.wait_for(lambda: not adapter.requests, timeout)
+                    self._loop.changed.wait_for(lambda: not adapter.requests, timeout)
                 self._adapters.check_idle(adapter)
             except BaseException:
                 adapter.leaving = False
                 raise
-        self._do(self._remove(adapter))
+        self._loop.change_bank(self._remove(adapter))
 
     def adapters(self) -> list[AdapterInfo]:
-        """The loaded adapters in the order of their ids."""
-        with self._lock:
+        """The loaded adapters, ordered by id."""
+        with self._loop.changed:
             return self._adapters.infos()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, start token included; tokenizers do not like several threads.
+        """Token ids of a text, with the start token; one thread at a time uses the tokenizer.
 
         Raises:
             InputError: the text is not UTF-8.
@@ -230,7 +199,7 @@ class Engine:
             raise InputError(f"the prompt is not UTF-8 at character {error.start + 1}") from error
         with self.tokenizer_lock:
             ids = self.tokenizer.encode(text)
-        # Some tokenizers end every text, which this one is not to be.
+        # Some tokenizers end every text with a token, but the prompt goes on.
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
     def submit(
@@ -246,26 +215,26 @@ class Engine:
         logprobs: int | None = None,
         echo: bool = False,
     ) -> Stream:
-        """Ask for the continuation of a prompt.
+        """Submit a prompt, and stream its continuation.
 
         Args:
-            prompt: text, or token ids as they are.
-            adapters: names with what multiplies each one's own scale; 0 is as none, and below 0
-                takes away.
-            max_tokens: to generate at most; 0 with `echo` only scores the prompt.
-            temperature: divides the log-probabilities; 0 takes the likeliest token.
-            top_p: draw from the fewest of the likeliest tokens with this probability together.
-            seed: of the draws; the same one draws the same, whatever else is in the batch.
-            stop: strings to end before.
-            logprobs: how many alternatives to tell at each token; `None` tells no log-probability.
-            echo: tell the prompt's tokens and their log-probabilities too, in `Stream.prompt`.
+            prompt: text, or token ids that are used as they are.
+            adapters: factors on the adapters' scales, by name; 0 leaves an adapter out, a negative
+                one subtracts its update.
+            max_tokens: most tokens to generate; 0 with `echo` only scores the prompt.
+            temperature: divides the log-probabilities; 0 takes the most likely token.
+            top_p: sample from the smallest set of most likely tokens with this total probability.
+            seed: seed of sampling; it gives the same answer whatever else is in the batch.
+            stop: strings before which the answer ends.
+            logprobs: number of alternatives for each token; `None` for no log-probabilities.
+            echo: whether `Stream.prompt` has the prompt's tokens and their log-probabilities.
 
         Raises:
-            AdapterNotFound: naming all that are not there.
-            PromptTooLong: telling its tokens and the limit.
-            QueueFull: telling when to try again.
-            EngineClosed: the engine takes no more requests.
-            InputError: another argument is at fault; all of them are named.
+            AdapterNotFound: adapters are not loaded; all of them are named.
+            PromptTooLong: the prompt is longer than the limit.
+            QueueFull: the queue is full; the error says when to try again.
+            EngineClosed: the engine is closed.
+            InputError: other arguments are invalid; all of them are named.
         """
         sampling = Sampling(max_tokens, temperature, top_p, seed, stop, logprobs, echo)
         sampling.check()
@@ -277,14 +246,14 @@ class Engine:
         if self._context is not None:
             room = max(self._context - len(ids), 1)
             sampling = dataclasses.replace(sampling, max_tokens=min(max_tokens, room))
-        with self._lock:
-            self._check_open()
+        with self._loop.changed:
+            self._loop.check_open()
             self._check_queue()
             taken = self._adapters.take(adapters)
             return self._enqueue(ids, sampling, taken)
 
     def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
-        """The same, waiting for the whole answer.
+        """Like `submit`, but wait for the whole answer.
 
         Raises:
             EngineFailed: a step of the batch failed.
@@ -292,45 +261,40 @@ class Engine:
         return self.submit(prompt, **settings).result()
 
     def stats(self) -> EngineStats:
-        """What the engine is doing, and has done since it was started."""
-        batcher, cache = self._batcher, self._batcher.prompt_cache
-        with self._lock:
+        """What the engine is doing, and has done since its start."""
+        loop, batcher = self._loop, self._loop.batcher
+        cache = batcher.prompt_cache
+        with loop.changed:
             return EngineStats(
                 running=len(batcher),
-                queued=len(self._queue),
+                queued=len(loop.queue),
                 steps=batcher.steps,
                 rows_per_step=batcher.step_rows / max(batcher.steps, 1),
                 tokens=batcher.tokens,
-                tokens_per_second=self._pace.tokens_per_second,
+                tokens_per_second=loop.throughput.tokens_per_second,
                 prompt_cache_hits=cache.hits,
                 prompt_cache_misses=cache.misses,
                 prompt_cache_bytes=cache.nbytes,
-                bank_bytes=self._held_bytes,
+                bank_bytes=loop.bank_bytes,
                 bank_limit_bytes=self.bank_bytes,
                 adapters=dict(self._counts),
             )
 
     def close(self, *, timeout: float | None = None) -> None:
-        """Refuse new requests, end those that there are, and give the model back as it was.
+        """Refuse new requests, end the running ones, and restore the model.
 
         Args:
-            timeout: seconds that requests may take to end on their own; `None` cancels them at
-                once, as the end of the time does.
+            timeout: seconds that requests get to finish before they are cancelled; `None` cancels
+                them at once.
         """
-        with self._lock:
-            self._closing = True
+        with self._loop.changed:
+            self._loop.closing = True
             if timeout is not None:
-                self._changed.wait_for(lambda: not self._users, timeout)
-            self._stopping = True
-            self._changed.notify_all()
+                self._loop.changed.wait_for(lambda: not self._users, timeout)
+            self._loop.stop()
         atexit.unregister(self.close)
         self._reader.shutdown(cancel_futures=True)
-        self._thread.join()
-        _await_exit(self._thread)
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise EngineClosed("the engine is closed, or about to be")
+        self._loop.join()
 
     def _check_length(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -343,184 +307,72 @@ class Engine:
             )
 
     def _check_queue(self) -> None:
-        if len(self._queue) >= self._max_queue:
-            seconds = self._pace.seconds_until_free(self._max_rows)
+        waiting = len(self._loop.queue)
+        if waiting >= self._max_queue:
+            seconds = self._loop.throughput.seconds_until_free(self._max_rows)
             raise QueueFull(
-                f"{len(self._queue)} requests wait, and no more may; try again in {seconds:.0f} s",
-                seconds,
+                f"{waiting} requests are waiting, the limit; try again in {seconds:.0f} s", seconds
             )
 
     def _enqueue(
         self, ids: list[int], sampling: Sampling, taken: list[tuple[LoadedAdapter, float]]
     ) -> Stream:
-        stream = Stream(f"{next(self._numbers)}", len(ids), lambda: self._wish_to_cancel(request))
+        stream = Stream(f"{next(self._numbers)}", len(ids), lambda: self._loop.cancel(request))
         request = Request(
             stream,
             ids,
-            tuple((one.factors, scale) for one, scale in taken),
-            tuple(one.name for one, _ in taken),
+            tuple((adapter.factors, scale) for adapter, scale in taken),
+            tuple(adapter.name for adapter, _ in taken),
             sampling,
             Continuation(self.tokenizer, ids, sampling.stop),
         )
-        self._users[request] = [one for one, _ in taken]
-        self._queue.append(request)
-        self._changed.notify_all()
+        self._users[request] = [adapter for adapter, _ in taken]
+        self._loop.submit(request)
         return stream
 
-    def _wish_to_cancel(self, request: Request) -> None:
-        with self._lock:
-            self._cancelled.append(request)
-            self._changed.notify_all()
-
     def _read(self, path: Path) -> BankFactors:
-        """Read an adapter's file, one at a time.
+        """Read an adapter's file on the reader's thread.
 
         Raises:
             EngineClosed: the engine was closed.
             InputError: as for `read_factors`.
         """
-        with self._lock:
-            self._check_open()
+        with self._loop.changed:
+            self._loop.check_open()
             reading = self._reader.submit(read_factors, path, self._bank.model, self._bank.modules)
         try:
             return reading.result()
         except CancelledError:
-            raise EngineClosed("the engine was closed meanwhile") from None
+            raise EngineClosed("the engine was closed") from None
 
-    def _do(self, work: Iterator[None]) -> None:
-        """Have the engine's thread work on the bank, and wait for it.
-
-        Raises:
-            EngineClosed: the engine was closed before it came to it.
-        """
-        chore = _Chore(work)
-        with self._lock:
-            if self._stopping:
-                raise EngineClosed("the engine is closed")
-            self._chores.append(chore)
-            self._changed.notify_all()
-        chore.done.result()
+    # On the thread of the loop.
 
     def _install(
-        self, name: str, path: str, factors: BankFactors, tell: Callable[[AdapterInfo], None]
+        self, name: str, path: str, factors: BankFactors, on_done: Callable[[AdapterInfo], None]
     ) -> Iterator[None]:
         yield from self._bank.install(factors)
-        with self._lock:
+        with self._loop.changed:
             nbytes = self._bank.bytes_of(factors)
             info, replaced = self._adapters.register(name, path, factors, nbytes)
-        tell(info)
+        on_done(info)
         if replaced is not None:
             yield from self._remove(replaced)
 
     def _remove(self, adapter: LoadedAdapter) -> Iterator[None]:
         yield from self._bank.remove(adapter.factors)
-        self._batcher.prompt_cache.forget(adapter.factors.digest)
+        self._loop.batcher.prompt_cache.forget(adapter.factors.digest)
         mx.clear_cache()
-        with self._lock:
+        with self._loop.changed:
             self._adapters.remove(adapter)
 
-    # From here on: the engine's thread.
-
-    def _run(self) -> None:
-        """What the engine's thread does until it is told to stop."""
-        error: Exception | None = None
-        try:
-            while self._await_work():
-                self._cancel_unwanted()
-                self._admit()
-                with mx.stream(self._batcher.stream):
-                    self._work_on_bank()
-                self._step()
-        except Exception as found:
-            error = _failure("the engine failed", found)
-        self._wind_up(error)
-
-    def _step(self) -> None:
-        try:
-            with self._pace.step(self._batcher):
-                self._batcher.step()
-        except Exception as error:
-            self._batcher.fail(_failure("a step of the batch failed", error))
-
-    def _await_work(self) -> bool:
-        """Sleep while there is nothing to do; whether to go on."""
-
-        def due() -> Any:
-            waiting = self._queue or self._chores or self._cancelled
-            return self._stopping or waiting or len(self._batcher)
-
-        with self._lock:
-            self._changed.wait_for(due)
-            return not self._stopping
-
-    def _cancel_unwanted(self) -> None:
-        with self._lock:
-            unwanted = [request for request in self._cancelled if request in self._users]
-            self._cancelled.clear()
-            waiting = [request for request in unwanted if request in self._queue]
-            for request in waiting:
-                self._queue.remove(request)
-        for request in unwanted:
-            self._batcher.cancel(request)
-
-    def _admit(self) -> None:
-        """Give rows to the requests that have waited longest."""
-        while len(self._batcher) < self._max_rows:
-            with self._lock:
-                if not self._queue:
-                    return
-                request = self._queue.popleft()
-            request.started = time.perf_counter()
-            self._batcher.add(request)
-
-    def _work_on_bank(self) -> None:
-        """Take adapters in or give them up, for no longer than a step where requests wait."""
-        until = time.perf_counter() + self._pace.step_seconds
-        while self._chores:
-            chore = self._chores[0]
-            try:
-                next(chore.work)
-            except StopIteration:
-                self._end_chore(None)
-            except Exception as error:
-                self._end_chore(_failure("the change of adapters failed", error))
-            if (len(self._batcher) or self._queue) and time.perf_counter() > until:
-                return
-
-    def _end_chore(self, error: Exception | None) -> None:
-        self._held_bytes = self._bank.nbytes
-        done = self._chores.popleft().done
-        done.set_result(None) if error is None else done.set_exception(error)
-
-    def _on_end(self, request: Request) -> None:
-        """Give back what a request held, before its stream tells that it has ended."""
-        with self._lock:
-            for name in request.names or ("",):
-                before = self._counts.get(name, Counts())
-                tokens = before.tokens + request.generated
-                self._counts[name] = Counts(before.requests + 1, tokens)
-            for replaced in self._adapters.give_back(self._users.pop(request)):
-                self._chores.append(_Chore(self._remove(replaced)))
-            if request.started:
-                self._pace.note_request(time.perf_counter() - request.started)
-            self._changed.notify_all()
-
-    def _wind_up(self, error: Exception | None) -> None:
-        """End everything that is left, and give the model back as it was."""
-        with self._lock:
-            self._closing = self._stopping = True
-            queued, chores = list(self._queue), list(self._chores)
-            self._queue.clear()
-            self._chores.clear()
-        if error is not None:
-            self._batcher.fail(error, queued)
-        else:
-            for request in [*queued, *self._batcher.requests()]:
-                self._batcher.cancel(request)
-        for chore in chores:
-            chore.done.set_exception(error or EngineClosed("the engine was closed meanwhile"))
-        self._bank.clear()
-        self._batcher.close()
+    def _end_request(self, request: Request) -> None:
+        """Count a request that has ended, and release its adapters."""
+        for name in request.names or ("",):
+            counts = self._counts.get(name, RequestCounts())
+            tokens = counts.tokens + request.generated
+            self._counts[name] = RequestCounts(counts.requests + 1, tokens)
+        for replaced in self._adapters.give_back(self._users.pop(request)):
+            self._loop.change_bank_later(self._remove(replaced))
 
 
 def _check_limits(**limits: int | None) -> None:
@@ -530,28 +382,12 @@ def _check_limits(**limits: int | None) -> None:
 
 
 def _possible_rows(model: nn.Module, bank: AdapterBank, wanted: int) -> int:
-    """As many rows in a step as are wanted, or 1 where the model cannot share a step."""
-    if wanted == 1 or shares_batches(RidingModel(model, bank)):
+    """The wanted number of rows in a step, or 1 if mlx-lm cannot batch the architecture."""
+    if wanted == 1 or can_batch(MultiAdapterModel(model, bank)):
         return wanted
     name = getattr(getattr(model, "args", None), "model_type", type(model).__name__)
-    print(
-        f"note: mlx-lm's {name} cannot compute rows of different lengths together: requests are "
-        "answered one after another",
-        file=sys.stderr,
+    note(
+        f"mlx-lm's {name} cannot compute rows of different lengths together, so requests are "
+        "answered one at a time"
     )
     return 1
-
-
-def _failure(what: str, error: Exception) -> EngineFailed:
-    return EngineFailed(f"{what}: {type(error).__name__}: {first_line(error)}")
-
-
-def _await_exit(thread: threading.Thread) -> None:
-    """Wait for the system to end a thread that Python counts as ended.
-
-    In between, MLX gives up what it keeps for each thread, and takes the interpreter's lock for it.
-    If the interpreter ends just then, glibc ends the process with an error.
-    """
-    task = Path(f"/proc/self/task/{thread.native_id}")
-    while task.exists():
-        time.sleep(0.001)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft.engine.adapter_bank import RowAdapters
+from graft.engine.adapter_bank import ScaledAdapters
 from graft.engine.sampling import make_sampler
 from graft.engine.streams import Continuation, Stream, TokenInfo
 from graft.errors import InputError
@@ -96,7 +96,7 @@ class Request:
 
     stream: Stream
     prompt: list[int]
-    adapters: RowAdapters
+    adapters: ScaledAdapters
     names: tuple[str, ...]
     sampling: Sampling
     continuation: Continuation

@@ -1,8 +1,8 @@
-"""Lets the adapters of each row ride through mlx-lm's continuous batching.
+"""Carries each row's adapters through mlx-lm's continuous batching.
 
-mlx-lm's `BatchGenerator` knows no adapters, but it moves every entry of a row's cache wherever the
-row goes. So `RidingModel` puts one more entry before those of the layers, `Riders`, which tells the
-rows' adapters; the generator needs no change. Knows nothing of requests.
+mlx-lm's `BatchGenerator` has no notion of adapters, but it keeps the entries of a row's cache
+together with the row. `MultiAdapterModel` therefore adds an entry before those of the layers:
+`RowAdapters`, which holds the adapters of the rows. The generator needs no change.
 """
 
 import copy
@@ -10,164 +10,165 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from graft.engine.adapter_bank import AdapterBank, Lane, RowAdapters
+from graft.engine.adapter_bank import AdapterBank, RowSlots, ScaledAdapters
+from graft.runtime.agreement import agrees
+from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
 
-# Of the largest logit; half precision rounds each to a 256th.
-TOLERANCE = 5e-2
 
-
-class Riders:
+class RowAdapters:
     """The adapters of a batch's rows, as an entry of its cache.
 
     Args:
-        rows: the adapters of each, with their scales.
+        rows: the adapters of each row, with their scales.
     """
 
     state: tuple[()] = ()
     nbytes = 0
 
-    def __init__(self, rows: Sequence[RowAdapters]) -> None:
+    def __init__(self, rows: Sequence[ScaledAdapters]) -> None:
         self.rows = list(rows)
-        self._lanes: tuple[int, list[Lane]] | None = None
+        self._slots: tuple[int, list[RowSlots]] | None = None
 
-    def lanes(self, bank: AdapterBank) -> list[Lane]:
-        """The rows' lanes, made anew when the rows or the bank changed."""
-        if self._lanes is None or self._lanes[0] != bank.version:
-            self._lanes = bank.version, bank.lanes(self.rows)
-        return self._lanes[1]
+    def slots(self, bank: AdapterBank) -> list[RowSlots]:
+        """The rows' slots in a bank, updated when the rows or the bank have changed."""
+        if self._slots is None or self._slots[0] != bank.version:
+            self._slots = bank.version, bank.row_slots(self.rows)
+        return self._slots[1]
 
     @classmethod
-    def merge(cls, caches: Iterable["Riders"]) -> "Riders":
-        """One batch of several."""
+    def merge(cls, caches: Iterable["RowAdapters"]) -> "RowAdapters":
+        """Join several batches."""
         return cls([row for cache in caches for row in cache.rows])
 
-    def extend(self, other: "Riders") -> None:
+    def extend(self, other: "RowAdapters") -> None:
         """Add the rows of another batch."""
         self._set([*self.rows, *other.rows])
 
     def filter(self, keep: Iterable[int]) -> None:
-        """Keep some of the rows, in the order given."""
+        """Keep some of the rows, in the given order."""
         self._set([self.rows[number] for number in keep])
 
-    def extract(self, index: int) -> "Riders":
-        """One row alone."""
-        return Riders([self.rows[index]])
+    def extract(self, index: int) -> "RowAdapters":
+        """A single row."""
+        return RowAdapters([self.rows[index]])
 
     def prepare(self, **_: Any) -> None:
-        """Nothing to do: adapters are the same for padding."""
+        """Do nothing: padding does not change the adapters."""
 
     def finalize(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def empty(self) -> bool:
-        """Whether it holds nothing, which it never does."""
+        """Whether the entry is empty: never."""
         return False
 
     def size(self) -> int:
-        """Tokens that it holds: none."""
+        """Number of tokens in the entry: none."""
         return 0
 
     def is_trimmable(self) -> bool:
-        """Whether the last tokens can be taken out again."""
+        """Whether the last tokens can be removed."""
         return True
 
     def trim(self, count: int) -> int:
-        """Take the last tokens out."""
+        """Remove the last tokens."""
         return count
 
-    def __deepcopy__(self, _: Any) -> "Riders":
-        return Riders(self.rows)
+    def __deepcopy__(self, _: Any) -> "RowAdapters":
+        return RowAdapters(self.rows)
 
-    def _set(self, rows: list[RowAdapters]) -> None:
-        self.rows, self._lanes = rows, None
+    def _set(self, rows: list[ScaledAdapters]) -> None:
+        self.rows, self._slots = rows, None
 
 
-class RidingModel:
-    """A model as `BatchGenerator` calls it, each row with the adapters that its cache tells.
+class MultiAdapterModel:
+    """A model for `BatchGenerator` that applies to each row the adapters in its cache.
 
     Args:
-        model: the base.
-        bank: of its adapters.
-        alone: whether a row never meets another, so that it can keep the caches that the model
-            makes, whatever they are, without padding and its masks.
+        model: the base model.
+        bank: its adapters.
+        single_row: whether batches have one row, which can then use any cache that the model makes,
+            without padding and its masks.
+
+    Attributes:
+        dtype: the precision of the model's last logits.
     """
 
-    def __init__(self, model: Any, bank: AdapterBank, *, alone: bool = False) -> None:
+    def __init__(self, model: Any, bank: AdapterBank, *, single_row: bool = False) -> None:
         self._model = model
         self._bank = bank
-        self._alone = alone
+        self._single_row = single_row
+        self.dtype: mx.Dtype = mx.float32
 
-    def make_cache(self, adapters: RowAdapters = ()) -> list[Any]:
-        """An empty cache of one row with these adapters."""
+    def make_cache(self, adapters: ScaledAdapters = ()) -> list[Any]:
+        """An empty cache for one row with these adapters."""
         from mlx_lm.models.cache import make_prompt_cache
 
         layers = make_prompt_cache(self._model)
-        if self._alone:
-            for cache in layers:
-                kind: Any = type(cache)
-                cache.__class__ = _alone(kind)
-        return [Riders([adapters]), *layers]
+        if self._single_row:
+            override(layers, _single_row)
+        return [RowAdapters([adapters]), *layers]
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """Logits (rows, tokens, vocabulary), float32, of token ids (rows, tokens)."""
-        riders, *layers = cache
-        with self._bank.riding(riders.lanes(self._bank), len(riders.rows)):
+        """Logits (rows, tokens, vocabulary) in float32 of token ids (rows, tokens)."""
+        row_adapters, *layers = cache
+        with self._bank.applied(row_adapters.slots(self._bank), len(row_adapters.rows)):
             logits: mx.array = self._model(tokens, cache=layers)
+        self.dtype = logits.dtype
         return logits.astype(mx.float32)
 
 
-class _Alone:
-    """What `BatchGenerator` asks of a cache, for one that is a batch of one row as it is."""
+class _SingleRow:
+    """The methods that `BatchGenerator` expects of a cache, for a batch of one row."""
 
     @staticmethod
-    def merge(caches: Sequence["_Alone"]) -> "_Alone":
+    def merge(caches: Sequence["_SingleRow"]) -> "_SingleRow":
         (only,) = caches
         return only
 
     def filter(self, keep: Sequence[int]) -> None:
-        """Keep the row; a batch without any drops its caches."""
+        """Keep the row: without rows, the generator drops the caches."""
 
-    def extract(self, _: int) -> "_Alone":
+    def extract(self, _: int) -> "_SingleRow":
         return copy.deepcopy(self)
 
     def is_trimmable(self) -> bool:
-        # A ChunkedKVCache says that it is, after it gave up its first tokens too.
-        own: Any = super()
-        return bool(own.is_trimmable()) and not getattr(self, "start_position", 0)
+        # ChunkedKVCache returns true even after it has dropped its first tokens.
+        cache: Any = super()
+        return bool(cache.is_trimmable()) and not getattr(self, "start_position", 0)
 
 
 @functools.cache
-def _alone(kind: type) -> type:
-    """A kind of cache as a batch of one row."""
-    return type(kind.__name__, (_Alone, kind), {})
+def _single_row(cache: type) -> type:
+    """A class of caches as batches of one row."""
+    return variant(cache, _SingleRow)
 
 
-def shares_batches(riding: RidingModel) -> bool:
-    """Whether rows of different lengths have the logits together that they have alone.
+def can_batch(model: MultiAdapterModel) -> bool:
+    """Whether rows of different lengths get the same logits in one batch as alone.
 
-    Some architectures of mlx-lm fail with the masks that such batches need, so this is tried.
+    Some architectures of mlx-lm fail with the masks of such batches, so this is measured.
     """
     prompts, following = [[1, 2, 3], [4, 5, 6, 7, 8]], [9, 10]
     alone = []
     for prompt, token in zip(prompts, following, strict=True):
-        cache = riding.make_cache()
-        riding(mx.array([prompt]), cache)
-        alone.append(riding(mx.array([[token]]), cache))
+        cache = model.make_cache()
+        model(mx.array([prompt]), cache)
+        alone.append(model(mx.array([[token]]), cache))
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    rows = [riding.make_cache() for _ in prompts]
+    rows = [model.make_cache() for _ in prompts]
     try:
         batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
         for entry in batch:
             entry.prepare(lengths=list(map(len, prompts)), right_padding=padding)
-        padded = [prompt + [0] * more for prompt, more in zip(prompts, padding, strict=True)]
-        riding(mx.array(padded), batch)
+        padded = [prompt + [0] * count for prompt, count in zip(prompts, padding, strict=True)]
+        model(mx.array(padded), batch)
         for entry in batch:
             entry.finalize()
-        together = riding(mx.array(following)[:, None], batch)
-        difference = mx.abs(together - mx.concatenate(alone)).max()
-        return bool((difference <= TOLERANCE * mx.abs(together).max()).item())
-    except Exception:  # every architecture fails in its own way
+        together = model(mx.array(following)[:, None], batch)
+        return agrees(together, mx.concatenate(alone), dtype=model.dtype)
+    except Exception:  # architectures fail in different ways
         return False

@@ -1,18 +1,15 @@
-"""What an engine tells of its work.
-
-Knows nothing of how it is counted.
-"""
+"""Statistics of an engine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What was done with an adapter, or with the base where a request named none.
+class RequestCounts:
+    """Requests that used an adapter, or none.
 
     Attributes:
-        requests: that have ended.
-        tokens: that were generated.
+        requests: requests that have ended.
+        tokens: tokens generated for them.
     """
 
     requests: int = 0
@@ -21,21 +18,21 @@ class Counts:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine is doing and has done since it was started.
+    """What an engine is doing, and has done since its start.
 
     Attributes:
         running: requests that have a row.
-        queued: requests that wait for one.
-        steps: of the batch.
-        rows_per_step: on average.
-        tokens: generated.
-        tokens_per_second: generated, over the last seconds in which there was something to do.
-        prompt_cache_hits: prompts of which a part was known.
-        prompt_cache_misses: prompts of which nothing was.
-        prompt_cache_bytes: what the known ones take.
-        bank_bytes: what the adapters take now.
-        bank_limit_bytes: what they can take within the limits.
-        adapters: by name, "" for the base alone; those that were unloaded too.
+        queued: requests that wait for a row.
+        steps: steps of the batch.
+        rows_per_step: mean number of rows in a step.
+        tokens: generated tokens.
+        tokens_per_second: recent rate of generated tokens, while there are requests.
+        prompt_cache_hits: prompts found in the cache, at least in part.
+        prompt_cache_misses: prompts not found in the cache.
+        prompt_cache_bytes: memory of the cached prompts.
+        bank_bytes: memory of the loaded adapters.
+        bank_limit_bytes: most memory that adapters can take within the limits.
+        adapters: counts by adapter, "" for requests without one; unloaded adapters stay listed.
     """
 
     running: int
@@ -49,4 +46,4 @@ class EngineStats:
     prompt_cache_bytes: int
     bank_bytes: int
     bank_limit_bytes: int
-    adapters: dict[str, Counts]
+    adapters: dict[str, RequestCounts]

@@ -9,7 +9,7 @@ from typing import Any
 
 from graft.adapters.attach import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
-from graft.engine.adapter_bank import AdapterBank, RowAdapters
+from graft.engine.adapter_bank import AdapterBank, ScaledAdapters
 from graft.engine.adapter_factors import BankFactors, make_factors
 from graft.errors import RunError
 from graft.runtime.cpu import suit_backend
@@ -43,9 +43,11 @@ def remove(bank: AdapterBank, factors: BankFactors) -> None:
         pass
 
 
-def mixed(bank: AdapterBank, rows: list[RowAdapters], tokens: mx.array | None = None) -> mx.array:
+def mixed(
+    bank: AdapterBank, rows: list[ScaledAdapters], tokens: mx.array | None = None
+) -> mx.array:
     tokens = TOKENS[: len(rows)] if tokens is None else tokens
-    with bank.riding(bank.lanes(rows), len(rows)):
+    with bank.applied(bank.row_slots(rows), len(rows)):
         logits = bank.model(tokens)
     mx.eval(logits)
     return logits
@@ -81,7 +83,7 @@ def test_each_row_of_a_mixed_batch_has_its_solo_logits(make: Any) -> None:
     base = logits_with(model, TOKENS, None)
     expected = [base, *(logits_with(model, TOKENS, adapter) for adapter in adapters)]
     bank = bank_of(model)
-    rows: list[RowAdapters] = [(), *(((install(bank, a), 1.0),) for a in adapters)]
+    rows: list[ScaledAdapters] = [(), *(((install(bank, a), 1.0),) for a in adapters)]
     logits = mixed(bank, rows)
     for number, solo in enumerate(expected):
         assert largest_difference(logits[number], solo[number]) < 1e-5

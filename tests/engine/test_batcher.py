@@ -39,15 +39,15 @@ class Harness:
             prompt_cache_bytes=0,
             on_end=self.ended.append,
         )
-        riding = self.batcher._riding
-        call = type(riding).__call__
+        model = self.batcher._model
+        call = type(model).__call__
 
-        class Watched(type(riding)):  # type: ignore[misc]
+        class Watched(type(model)):  # type: ignore[misc]
             def __call__(watched, tokens: Any, cache: Any) -> Any:
                 self.widths.append(tokens.shape)
                 return call(watched, tokens, cache)
 
-        riding.__class__ = Watched
+        model.__class__ = Watched
 
     def add(self, length: int, **sampling: Any) -> Request:
         ids = [5 + n % 300 for n in range(length)]

@@ -3,9 +3,9 @@
 import copy
 from typing import Any
 
-from graft.engine.adapter_bank import AdapterBank, RowAdapters
+from graft.engine.adapter_bank import AdapterBank, ScaledAdapters
 from graft.engine.adapter_factors import make_factors
-from graft.engine.row_adapters import Riders, RidingModel
+from graft.engine.row_adapters import MultiAdapterModel, RowAdapters
 
 import mlx.core as mx
 import pytest
@@ -20,40 +20,40 @@ ROWS: Any = [A, B, C]
 
 
 def test_rows_are_merged_extended_filtered_and_taken_out() -> None:
-    riders = Riders.merge([Riders([row]) for row in ROWS])
-    assert riders.rows == ROWS
-    riders.extend(Riders([A, B]))
-    riders.filter([4, 0, 2])
-    assert riders.rows == [B, A, C]
-    assert riders.extract(1).rows == [A]
-    assert (riders.size(), riders.nbytes, riders.empty(), riders.trim(3)) == (0, 0, False, 3)
+    entry = RowAdapters.merge([RowAdapters([row]) for row in ROWS])
+    assert entry.rows == ROWS
+    entry.extend(RowAdapters([A, B]))
+    entry.filter([4, 0, 2])
+    assert entry.rows == [B, A, C]
+    assert entry.extract(1).rows == [A]
+    assert (entry.size(), entry.nbytes, entry.empty(), entry.trim(3)) == (0, 0, False, 3)
 
 
 def test_a_copy_has_rows_of_its_own_and_the_same_adapters() -> None:
     adapter: Any = object()
-    riders = Riders([((adapter, 1.0),)])
-    twin = copy.deepcopy(riders)
+    entry = RowAdapters([((adapter, 1.0),)])
+    twin = copy.deepcopy(entry)
     twin.filter([])
-    assert riders.rows[0][0][0] is adapter and twin.rows == []
+    assert entry.rows[0][0][0] is adapter and twin.rows == []
 
 
-def test_lanes_are_made_anew_when_rows_or_bank_change() -> None:
+def test_slots_are_made_anew_when_rows_or_bank_change() -> None:
     model = make_model(LLAMA)
     adapter = make_adapter(model, targets="q_proj")
     bank = AdapterBank(model, max_adapters=2, max_rank=8)
     first, second = (make_factors(*adapter, model, bank.modules, name="a") for _ in range(2))
     for factors in (first, second):
         list(bank.install(factors))
-    riders = Riders([((second, 1.0),), ()])
+    entry = RowAdapters([((second, 1.0),), ()])
 
     def slots() -> list[int]:
-        return riders.lanes(bank)[0].slots.tolist()
+        return entry.slots(bank)[0].slots.tolist()
 
-    lanes = riders.lanes(bank)
-    assert slots() == [2, 0] and riders.lanes(bank) is lanes
+    row_slots = entry.slots(bank)
+    assert slots() == [2, 0] and entry.slots(bank) is row_slots
     list(bank.remove(first))
     assert slots() == [1, 0]
-    riders.filter([1, 0, 0])
+    entry.filter([1, 0, 0])
     assert slots() == [0, 1, 1]
 
 
@@ -67,14 +67,14 @@ def test_the_generator_moves_adapters_with_their_rows() -> None:
         for p, a in zip(prompts, adapters, strict=True)
     ]
     bank = AdapterBank(model, max_adapters=3, max_rank=8)
-    rows: list[RowAdapters] = [()]
+    rows: list[ScaledAdapters] = [()]
     for adapter in adapters[1:]:
         assert adapter is not None
         rows.append(((make_factors(*adapter, model, bank.modules, name="a"), 1.0),))
         list(bank.install(rows[-1][0][0]))
-    riding: Any = RidingModel(model, bank)
-    generator = BatchGenerator(riding, prefill_batch_size=2, prefill_step_size=3)
-    uids = generator.insert(prompts, [3, 9, 1, 5], caches=[riding.make_cache(row) for row in rows])
+    adapted: Any = MultiAdapterModel(model, bank)
+    generator = BatchGenerator(adapted, prefill_batch_size=2, prefill_step_size=3)
+    uids = generator.insert(prompts, [3, 9, 1, 5], caches=[adapted.make_cache(row) for row in rows])
     first: dict[int, int] = {}
     while len(first) < 4:
         for response in generator.next_generated():
@@ -86,13 +86,13 @@ def test_a_row_alone_keeps_the_caches_that_its_model_makes() -> None:
     model = make_model(LLAMA)
     model.make_cache = lambda: [ChunkedKVCache(8) for _ in model.layers]
     bank = AdapterBank(model, max_adapters=1, max_rank=1)
-    riding = RidingModel(model, bank, alone=True)
-    _, first, *_ = cache = riding.make_cache()
+    adapted = MultiAdapterModel(model, bank, single_row=True)
+    _, first, *_ = cache = adapted.make_cache()
     assert isinstance(first, ChunkedKVCache) and first.merge([first]) is first
-    riding(mx.array([[5, 6, 7]]), cache)
+    adapted(mx.array([[5, 6, 7]]), cache)
     twin = first.extract(0)
     first.filter([0])
-    riding(mx.array([[8]]), cache)
+    adapted(mx.array([[8]]), cache)
     assert (twin.offset, first.offset) == (3, 4)
     with pytest.raises(ValueError, match="too many values"):
         first.merge([first, twin])
@@ -102,9 +102,9 @@ def test_a_row_alone_is_not_cut_back_to_tokens_that_its_cache_gave_up() -> None:
     model = make_model(LLAMA)
     model.make_cache = lambda: [ChunkedKVCache(8) for _ in model.layers]
     bank = AdapterBank(model, max_adapters=1, max_rank=1)
-    riding = RidingModel(model, bank, alone=True)
-    _, first, *_ = cache = riding.make_cache()
-    riding(mx.array([list(range(5, 25))]), cache)
+    adapted = MultiAdapterModel(model, bank, single_row=True)
+    _, first, *_ = cache = adapted.make_cache()
+    adapted(mx.array([list(range(5, 25))]), cache)
     assert first.is_trimmable()
     first.maybe_trim_front()
     assert first.start_position > 0 and not first.is_trimmable()

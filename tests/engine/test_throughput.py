@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from graft.engine.throughput import Pace
+from graft.engine.throughput import Throughput
 
 import pytest
 
@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_steps_that_generate_count_and_the_newest_a_tenth(clock: Clock) -> None:
-    pace, counter = Pace(), SimpleNamespace(tokens=0)
+    pace, counter = Throughput(), SimpleNamespace(tokens=0)
     for seconds, tokens in ((2.0, 4), (5.0, 0), (1.0, 12)):
         with pace.step(counter):
             clock.now += seconds
@@ -33,10 +33,10 @@ def test_steps_that_generate_count_and_the_newest_a_tenth(clock: Clock) -> None:
 
 
 def test_a_place_comes_free_once_a_row_does() -> None:
-    pace = Pace()
+    pace = Throughput()
     assert pace.seconds_until_free(4) == 1.0
-    pace.note_request(20.0)
+    pace.add_request(20.0)
     assert pace.seconds_until_free(4) == 5.0
     assert pace.seconds_until_free(100) == 1.0
-    pace.note_request(20_000.0)
+    pace.add_request(20_000.0)
     assert pace.seconds_until_free(1) == 60.0
