@@ -1,4 +1,4 @@
-"""The command that turns the documentation of installed packages into a dataset."""
+"""The command that builds a dataset from the documentation of installed packages."""
 
 import argparse
 import os
@@ -12,41 +12,36 @@ from graft.corpus.build import BuiltDataset, build_dataset
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(description="Build a dataset from the documentation of installed packages.")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "packages",
         nargs="+",
         metavar="PACKAGE",
-        help="an installed package, a module of the standard library, or a part such as mlx.nn",
+        help="an installed package, a standard-library module, or part of one, such as mlx.nn",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
-    default = " (default: %(default)s)"
-    parser.add_argument(
-        "--max-chars", type=int, default=2048, metavar="N", help=f"longest text of a row{default}"
-    )
-    parser.add_argument(
+    add("--out", required=True, metavar="DIR", help="folder to write the dataset to")
+    add("--max-chars", type=int, default=2048, metavar="N", help="longest text of a row")
+    add(
         "--test-fraction",
         type=float,
         default=0.1,
         metavar="X",
-        help=f"share of the rows in test, and as many in valid{default}",
+        help="fraction of rows in the test split, and again in the valid split",
     )
-    parser.add_argument(
-        "--seed", type=int, default=42, metavar="N", help=f"decides the splits{default}"
-    )
-    parser.add_argument(
+    add("--seed", type=int, default=42, metavar="N", help="seed of the division into splits")
+    add(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help=f"processes at once{default}",
+        help="processes that read files at the same time (default: one per CPU core)",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing dataset")
+    add("--force", action="store_true", help="replace an existing dataset")
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build a dataset from the docstrings of packages."""
+    """Build the dataset and print how many rows each split has."""
     options = build_parser().parse_args(argv)
     dataset = build_dataset(
         options.packages,
@@ -54,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_chars=options.max_chars,
         test_fraction=options.test_fraction,
         seed=options.seed,
-        workers=options.workers,
+        workers=os.cpu_count() or 1 if options.workers is None else options.workers,
         force=options.force,
     )
     _print_summary(options.out, dataset)
@@ -65,7 +60,7 @@ def _print_summary(out: str, dataset: BuiltDataset) -> None:
     counts = (f"{len(rows)} {split}" for split, rows in dataset.splits.items())
     print(f"{out}: {', '.join(counts)}")
     if dataset.shortened:
-        print(f"shortened at a paragraph or sentence end: {dataset.shortened}")
+        print(f"shortened to the end of a paragraph or sentence: {dataset.shortened}")
     if dataset.left_out:
         print("left out:")
     for what, why in dataset.left_out.items():

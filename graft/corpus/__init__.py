@@ -1,1 +1,1 @@
-"""Datasets from documentation."""
+"""Builds datasets from documentation."""

@@ -1,10 +1,9 @@
-"""Turns the documentation of installed packages into a dataset.
+"""Builds a dataset of questions and answers from the documentation of installed packages.
 
-Each public object with a docstring becomes one row: a question that names it, and its path and
-docstring as the answer. Reading the packages is `graft.corpus.package_reading`'s, which paths are
-public
-`graft.corpus.public_names`', and what may stand in which split `graft.corpus.near_duplicates`' to
-know.
+Each public object with a docstring becomes one row: a question that names the object, and its path
+and docstring as the answer. `graft.corpus.package_reading` reads the packages,
+`graft.corpus.public_names` decides which paths are public, and `graft.corpus.near_duplicates`
+divides the rows into splits.
 """
 
 import json
@@ -24,7 +23,7 @@ from graft.corpus.packages import Package, find_packages
 from graft.errors import InputError
 from graft.storage.atomic import check_free, check_writable, new_folder
 
-_LEAST_CHARS = 200  # a question, a path and a sentence
+_LEAST_CHARS = 200  # room for a question, a path and a sentence
 _FILES = {*(f"{split}.jsonl" for split in splits.DATASET_SPLITS), "README.md"}
 
 
@@ -33,11 +32,11 @@ class DocumentationRow:
     """One question and its answer.
 
     Attributes:
-        package: the package it is about.
+        package: the package that documents the object.
         path: the object's public path.
-        name: the object as the question calls it.
+        name: the object's name in the question.
         kind: "module", "class", "function", "method", "property" or "attribute".
-        answer: its docstring, cleaned and shortened.
+        answer: the docstring, cleaned and shortened.
     """
 
     package: Package
@@ -48,7 +47,7 @@ class DocumentationRow:
 
     @property
     def source(self) -> dict[str, str]:
-        """Where the answer is from."""
+        """Where the answer comes from."""
         return {
             "package": self.package.name,
             "version": self.package.version,
@@ -64,13 +63,13 @@ class DocumentationRow:
 
 @dataclass
 class BuiltDataset:
-    """The rows of all packages, what they leave out, and why.
+    """The rows of all packages, and what was left out.
 
     Attributes:
-        rows: of all packages.
-        splits: the rows by split.
-        left_out: what is left out, and why.
-        shortened: how many rows were shortened.
+        rows: the rows of all packages.
+        splits: the same rows by split.
+        left_out: from what was left out to the reason.
+        shortened: the number of rows that were shortened.
     """
 
     rows: list[DocumentationRow] = field(default_factory=list)
@@ -89,20 +88,20 @@ def build_dataset(
     workers: int = 1,
     force: bool = False,
 ) -> BuiltDataset:
-    """Build a dataset from the docstrings of packages.
+    """Build a dataset from the docstrings of packages and write it to a folder.
 
     Args:
         names: installed packages, modules of the standard library, or parts of either.
-        folder: where to write it.
-        max_chars: longest text of a row.
-        test_fraction: share of the rows in test, and as many in valid.
-        seed: decides the splits.
-        workers: processes at once.
+        folder: the dataset's folder: `train.jsonl`, `valid.jsonl`, `test.jsonl` and `README.md`.
+        max_chars: the longest text of a row, in characters.
+        test_fraction: the fraction of rows in the test split, and again in the valid split.
+        seed: the seed of the division into splits.
+        workers: the number of processes that read files at the same time.
         force: replace an existing dataset.
 
     Raises:
-        InputError: options out of range, packages that are not installed or document nothing, or a
-            place that cannot be written; all of one kind named at once.
+        InputError: an option is out of range, a package is not installed or has no docstrings, or
+            the folder cannot be written; the message lists all problems of a kind.
     """
     out = Path(os.path.abspath(folder))
     packages, missing = find_packages(names)
@@ -148,19 +147,19 @@ def _place_problems(out: Path, force: bool) -> Iterator[str]:
 
 
 def _check_is_dataset(out: Path) -> None:
-    """Refuse to replace a folder that holds anything but a dataset."""
-    others = sorted({entry.name for entry in out.iterdir()} - _FILES) if out.exists() else []
-    if others:
+    """Refuse to replace a folder that holds anything besides a dataset."""
+    foreign = sorted({entry.name for entry in out.iterdir()} - _FILES) if out.exists() else []
+    if foreign:
         raise InputError(
-            f"{out} is no dataset, it holds {', '.join(others[:3])}: --force would delete that; "
-            "name another place"
+            f"{out} is not a dataset: --force would delete {', '.join(foreign[:3])}; choose "
+            "another folder"
         )
 
 
 def _add_rows(dataset: BuiltDataset, documentation: Documentation, max_chars: int) -> int:
-    """Turn documentation into rows; returns how many."""
+    """Add a row for each documented object; returns the number of rows added."""
     package = documentation.package
-    before = len(dataset.rows)
+    count_before = len(dataset.rows)
     dataset.left_out |= documentation.skipped
     signatures = 0
     for described in documentation.objects:
@@ -175,8 +174,10 @@ def _add_rows(dataset: BuiltDataset, documentation: Documentation, max_chars: in
         elif text:
             dataset.left_out[described.path] = f"no sentence ends within {max_chars} characters"
     if signatures:
-        dataset.left_out[f"{package.root}: objects ({signatures})"] = "a signature is all they have"
-    return len(dataset.rows) - before
+        dataset.left_out[f"{package.root}: objects ({signatures})"] = (
+            "their docstrings are only signatures"
+        )
+    return len(dataset.rows) - count_before
 
 
 def _head(package: Package, path: str, name: str) -> str:
@@ -186,16 +187,18 @@ def _head(package: Package, path: str, name: str) -> str:
 def _divide(
     rows: Sequence[DocumentationRow], packages: Sequence[Package], *, fraction: float, seed: int
 ) -> dict[str, list[DocumentationRow]]:
-    """The rows by split: equal questions and nearly equal answers in the same."""
-    silent = {package.root for package in packages} - {row.package.root for row in rows}
-    if silent:
-        raise InputError(f"no docstrings in {', '.join(sorted(silent))}; leave them out")
+    """The rows by split; equal questions and nearly equal answers share a split."""
+    undocumented = {package.root for package in packages} - {row.package.root for row in rows}
+    if undocumented:
+        raise InputError(
+            f"no docstrings in {', '.join(sorted(undocumented))}; leave these packages out"
+        )
     questions = [(row.package.name, row.name.replace("_", "").lower()) for row in rows]
     grouped = splits.group_near_duplicates([row.answer for row in rows], questions)
     if len(grouped) < len(splits.DATASET_SPLITS):
         raise InputError(
             f"too few rows for train, valid and test: {len(rows)}, with {len(grouped)} different "
-            "answers; name more packages"
+            "answers; add more packages"
         )
     divided = splits.assign_splits(
         grouped, [row.path for row in rows], fraction=fraction, seed=seed
@@ -205,7 +208,7 @@ def _divide(
 
 @contextmanager
 def _progress(package: Package) -> Iterator[ReadingProgress]:
-    """A bar over the modules of a package on a terminal, nothing elsewhere."""
+    """On a terminal, show a progress bar over the modules of a package."""
     with progress_bar(f"modules of {package.root}", None) as update:
         yield lambda done, total: update(completed=done, total=total)
 

@@ -1,4 +1,4 @@
-"""The README of a dataset made from documentation."""
+"""Writes the README of a dataset built from documentation."""
 
 import json
 import platform
@@ -20,17 +20,17 @@ def dataset_card(
     shortened: int,
     left_out: Mapping[str, str],
 ) -> str:
-    """The dataset's README: what is in it, from where, under which licences, and how made.
+    """The dataset's README: its contents, sources, licences and how it was made.
 
     Args:
-        name: of the dataset.
-        command: that makes it.
-        packages: that it documents.
-        counts: rows by split, then by the root of the package.
-        example: the source of a row.
-        max_chars: longest text of a row.
-        shortened: how many rows were shortened.
-        left_out: what is left out, and why.
+        name: the dataset's name.
+        command: the command that builds it.
+        packages: the packages whose documentation it holds.
+        counts: the number of rows by split, then by the root of the package.
+        example: the `source` of one row.
+        max_chars: the longest text of a row, in characters.
+        shortened: the number of rows that were shortened.
+        left_out: from what was left out to the reason.
     """
     return _CARD.format(
         name=name,
@@ -61,7 +61,7 @@ def _table(packages: Sequence[Package], counts: Mapping[str, Mapping[str, int]])
 _CARD = """\
 # {name}
 
-Questions and answers from the documentation of {packages}: {rows} rows, made with
+Questions and answers from the documentation of {packages}: {rows} rows, built with
 
     {command}
 
@@ -69,23 +69,25 @@ Questions and answers from the documentation of {packages}: {rows} rows, made wi
 |---|---|---|---:|---:|---:|
 {table}
 
-The texts stay under the licences of their packages.
+Each text remains under the licence of its package.
 
-Each line of `train.jsonl`, `valid.jsonl` and `test.jsonl` is a JSON object. Its `text` is
-`Q: What is NAME in PACKAGE?`, a line break and `A: PATH DOCSTRING`; its `source` tells where from:
+Each line of `train.jsonl`, `valid.jsonl` and `test.jsonl` is a JSON object with two fields. `text`
+is `Q: What is NAME in PACKAGE?`, a line break and `A: PATH DOCSTRING`. `source` names the origin:
 `{example}`.
 
 ## How it was made
 
-- Python and stub files were read without running them (griffe {griffe}); compiled modules were
-  imported in processes of their own (Python {python}, {system}).
-- Each public object with a docstring is one row, under its shortest public path. What a package
-  imports from others is not its own. Signatures at the head of docstrings were removed.
-- Texts above {max_chars} characters end at a paragraph or sentence end; {shortened} do.
-- Rows that ask the same question, case and underscores aside, stay in one split, as do nearly equal
-  answers: those with {percent} of the longer one's words in common, or of the shorter one's runs of
-  three words.
-- The groups were divided by a hash of the seed and the path: the same packages and seed give the
+- Python sources and stubs were parsed, not executed (griffe {griffe}); compiled modules were
+  imported in separate processes (Python {python}, {system}).
+- Each public object with a docstring is one row, under its shortest public path. Objects that a
+  package imports from other packages are skipped. Signatures at the start of docstrings were
+  removed.
+- Texts longer than {max_chars} characters were cut at the end of a paragraph or sentence; this
+  shortened {shortened}.
+- Rows that ask the same question, ignoring case and underscores, are in the same split. So are
+  nearly equal answers: those that share {percent} of the words of the longer one, or {percent} of
+  the three-word sequences of the shorter one.
+- A hash of the seed and the path assigns rows to splits, so the same packages and seed produce the
   same files.
 
 ## Left out

@@ -1,4 +1,4 @@
-"""Docstrings as text to learn from: without signatures, and cut where a thought ends.
+"""Cleans docstrings: removes signatures, and shortens text at the end of a paragraph or sentence.
 
 Works on strings alone.
 """
@@ -12,34 +12,33 @@ _BRACKETED = re.compile(r"\[[^][]*\]|\([^()]*\)")
 _OVERLOADED = "Overloaded function.\n"
 _OVERLOAD = re.compile(r"\d+\. `*\w+\(.*")
 
-# What announces the next paragraph, or is or underlines a heading, is no end.
+# A line that introduces the next paragraph, is a heading or underlines one is not an end.
 _PARAGRAPH_END = re.compile(r"(?<![-:=~^*])\n\n(?! *\.\. math::)")
-# Two letters or closing marks come before a full stop, unlike in "e.g." and "J. Doe".
+# Two letters or closing marks precede a full stop; this excludes "e.g." and "J. Doe".
 _SENTENCE_END = re.compile(
     r"(?<=[\w)\]`'\"]{2})(?<!\bcf)(?<!\bvs)[.!?][)`'\"]*(?=\s+[^\sa-z]|\s*\Z)"
 )
 
 
 def clean(doc: str) -> str:
-    """A docstring without leading signatures, trailing blanks and runs of empty lines.
+    """A docstring without leading signatures, trailing blanks and repeated empty lines.
 
-    The docstrings of compiled modules begin with what Python code says in its own syntax:
-    ``add(a: array, b: array) -> array``. What is left tells what the object does; where there is
-    only a signature, nothing is left.
+    Docstrings of compiled modules often start with the signature: ``add(a: array, b: array) ->
+    array``. A docstring that is only a signature becomes empty.
     """
     lines = [line.rstrip() for line in doc.splitlines()]
     text = _without_signatures(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
     if not text.startswith(_OVERLOADED):
         return text
     paragraphs = text.removeprefix(_OVERLOADED).strip().split("\n\n")
-    return "\n\n".join(dict.fromkeys(one for one in paragraphs if not _OVERLOAD.fullmatch(one)))
+    return "\n\n".join(dict.fromkeys(text for text in paragraphs if not _OVERLOAD.fullmatch(text)))
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text up to its last paragraph end within `limit` characters, else its last sentence end.
+    """The text up to the last paragraph end within `limit` characters, or the last sentence end.
 
-    A paragraph end in the first half of the limit gives way to a later sentence end. Without any
-    end nothing is left.
+    If the last paragraph end is in the first half of the limit, a later sentence end is preferred.
+    Text without any end within the limit becomes empty.
     """
     if len(text) <= limit:
         return text
@@ -55,12 +54,12 @@ def _without_signatures(text: str) -> str:
     rest = text
     while end := _signature_end(rest):
         rest = rest[end:].lstrip("\n")
-    # An indented line goes on with what the last line says, which was then no signature.
+    # An indented line continues the line before it, which was then not a signature.
     return text if rest.startswith(" ") else rest
 
 
 def _signature_end(text: str) -> int:
-    """Where the signature at the head of a text ends, 0 without one."""
+    """Where the signature at the start of a text ends; 0 if there is none."""
     call = _CALL.match(text)
     close = _closing(text, call.end()) if call else 0
     after = _AFTER_CALL.match(text, close) if close else None
@@ -73,7 +72,7 @@ def _signature_end(text: str) -> int:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position after the bracket that closes the one before `start`, 0 without one."""
+    """The position after the bracket that closes the one before `start`; 0 if there is none."""
     depth = 1
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)

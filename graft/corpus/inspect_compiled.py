@@ -1,10 +1,10 @@
-"""Reads the docstrings of compiled modules, each in a process of its own.
+"""Reads the docstrings of compiled modules, each in a separate process.
 
-A compiled module has no source, so it must be imported, and importing runs its code. Here that code
-can crash, hang, print, end the process or litter the working folder: it costs that module only.
+A compiled module has no source, so it must be imported, and importing it runs its code. If that
+code crashes, hangs, prints, exits or writes to the working folder, only this module is lost.
 
-This file is both sides. Run as a script, it is the child: it imports one module and writes what it
-finds as JSON. The child imports nothing of Graft.
+This file holds both sides. Run as a script, it is the child process: it imports one module and
+writes its names and docstrings as JSON. The child imports nothing of Graft.
 """
 
 import contextlib
@@ -34,19 +34,18 @@ def inspect_modules(
     seconds: float = SECONDS_PER_MODULE,
     report: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Import modules in child processes and describe what they hold.
+    """Import modules in child processes and describe their members.
 
     Args:
         names: dotted paths of modules.
-        workers: processes at once.
-        seconds: how long one module may take.
-        report: called with the name of each module that is done.
+        workers: the number of processes that run at the same time.
+        seconds: the time limit for one module.
+        report: called with the name of each module that is finished.
 
     Returns:
-        The modules as dictionaries of the fields of `graft.corpus.public_names.Module`, in the
-        order of
-        `names`, submodules that exist only inside a compiled module after it; and, for each module
-        that failed, why.
+        The modules, in the order of `names`, as dictionaries of the fields of
+        `graft.corpus.public_names.Module`; submodules that exist only inside a compiled module
+        follow it. And from the name of each module that failed to the reason.
     """
     described: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
@@ -75,7 +74,7 @@ def inspect_modules(
 
 
 class _Child:
-    """One module's process, seen from the parent."""
+    """The process that imports one module, seen from the parent."""
 
     def __init__(self, name: str, folder: Path, seconds: float) -> None:
         self.name = name
@@ -87,7 +86,7 @@ class _Child:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(search_path),
-            "PYTHONSAFEPATH": "1",  # keeps this file's folder off the path
+            "PYTHONSAFEPATH": "1",  # keeps this file's folder out of the search path
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         self._started = time.monotonic()
@@ -102,20 +101,20 @@ class _Child:
         )
 
     def finished(self) -> bool:
-        """Whether the process has ended or its time is up."""
+        """Whether the process has ended or reached its time limit."""
         late = time.monotonic() - self._started > self._seconds
         return self._process.poll() is not None or late
 
     def result(self) -> list[dict[str, Any]] | str:
-        """The modules described, or why there are none."""
+        """The descriptions of the modules, or the reason for the failure."""
         status = self._process.poll()
         self.stop()
         try:
             output = json.loads(self._output.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return self._failure(status)
-        found: list[dict[str, Any]] | str = output.get("modules", output.get("error"))
-        return found
+        result: list[dict[str, Any]] | str = output.get("modules", output.get("error"))
+        return result
 
     def _failure(self, status: int | None) -> str:
         if status is None:
@@ -125,22 +124,23 @@ class _Child:
         return f"its import ended the process with status {status}"
 
     def stop(self) -> None:
-        """End the process and whatever it has started."""
-        # macOS answers "not permitted" for a group whose processes have all ended.
+        """Kill the process and all processes that it started."""
+        # macOS reports "not permitted" for a group whose processes have all ended.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def _main(name: str, output: str, seconds: str) -> None:
-    """The child: describe one module and leave at once, whatever the module has set up for exit."""
-    signal.alarm(math.ceil(float(seconds)) + 1)  # ends a hang even when nobody waits any more
+    """The child: describe one module and exit at once, without running any exit handlers."""
+    signal.alarm(math.ceil(float(seconds)) + 1)  # ends a hang even if the parent is gone
     try:
-        found: dict[str, Any] = {"modules": _describe_module(importlib.import_module(name), name)}
-    except BaseException as error:  # SystemExit too: it is this module's failure, not ours
-        found = {"error": f"its import raised {_one_line(error)}"}
+        module = importlib.import_module(name)
+        described: dict[str, Any] = {"modules": _describe_module(module, name)}
+    except BaseException as error:  # SystemExit too: the module failed, not this script
+        described = {"error": f"its import raised {_one_line(error)}"}
     partial = Path(output + ".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
+    partial.write_text(json.dumps(described), encoding="utf-8")
     partial.rename(output)
     os._exit(0)
 
@@ -151,7 +151,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _describe_module(module: ModuleType, path: str) -> list[dict[str, Any]]:
-    """The module, and after it the submodules that have no file of their own."""
+    """The module, followed by the submodules that have no file."""
     members: dict[str, Any] = {}
     submodules: list[dict[str, Any]] = []
     for name, value in sorted(vars(module).items()):
@@ -176,7 +176,7 @@ def _describe_module(module: ModuleType, path: str) -> list[dict[str, Any]]:
 
 
 def _quietly(describe: Callable[..., Any], *arguments: Any) -> Any:
-    """A description, or None where looking at the object raises, as arbitrary code may."""
+    """A description; `None` if looking at the object raises, as arbitrary code may."""
     try:
         return describe(*arguments)
     except Exception:
@@ -199,13 +199,13 @@ def _describe_member(
 
 
 def _is_foreign(here: str, home: str, name: str, value: object) -> bool:
-    """Whether the object comes from another package, which holds it under its name."""
+    """Whether the object belongs to another package, which has it under this name."""
     top, home_top = (path.split(".")[0].lstrip("_") for path in (here, home))
     return top != home_top and getattr(sys.modules.get(home), name, None) is value
 
 
 def _describe_object(value: Any, depth: int = 0) -> dict[str, Any] | None:
-    """A class with its members, or something with a docstring of its own; None for plain data."""
+    """A class with its members, or an object with a docstring; `None` for plain data."""
     if isinstance(value, type):
         inherited = {getattr(base, "__doc__", None) for base in value.__mro__[1:]}
         doc = value.__doc__ if value.__doc__ not in inherited else ""

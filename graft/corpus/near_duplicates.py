@@ -1,6 +1,7 @@
-"""Divides texts into train, valid and test so that nothing learned from one is measured in another.
+"""Divides texts into train, valid and test so that near-duplicates share a split.
 
-Knows nothing of where the texts come from.
+A test text that nearly equals a training text would measure memory, not generalization. Knows
+nothing about where the texts come from.
 """
 
 import hashlib
@@ -12,46 +13,46 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 DATASET_SPLITS = ("train", "valid", "test")
 
-# The share of words, or of runs of three words, that makes two texts nearly equal.
+# Texts that share this fraction of their words or three-word sequences are near-duplicates.
 NEARLY_EQUAL = 0.8
-_FEWEST = 8  # shorter texts have words in common by chance; those must be equal word for word
+_FEWEST = 8  # shorter texts share words by chance, so they must be equal word for word
 
 _Part = tuple[str, ...] | tuple[str, int]
 
 
 def group_near_duplicates(texts: Sequence[str], keys: Sequence[Hashable]) -> list[list[int]]:
-    """Group the texts that belong together: equal keys, equal words, or nearly equal texts.
+    """Group texts that have equal keys, equal words, or nearly equal words.
 
-    Case, punctuation and spacing do not count. Two texts are nearly equal where they have 80 % of
-    the longer one's words in common, in any order, or 80 % of the shorter one's runs of three
-    words, so that the longer repeats the shorter. What belongs to one text belongs to its group.
+    Case, punctuation and spacing are ignored. Two texts are nearly equal if they share 80% of the
+    longer one's words, in any order, or 80% of the shorter one's three-word sequences, which means
+    that the longer text repeats the shorter one. Groups are transitive.
 
     Returns:
-        Indices of `texts`, ascending in each group; groups ascend by their first.
+        Indices of `texts`, ascending in each group; groups are sorted by their first index.
     """
     words = [tuple(re.findall(r"\w+", text.lower())) for text in texts]
     links = [*_equal(words), *_equal(keys)]
-    links += _overlapping([_counted(one) for one in words], of=max)
-    links += _overlapping([_runs(one) for one in words], of=min)
+    links += _overlapping([_counted(sequence) for sequence in words], of=max)
+    links += _overlapping([_trigrams(sequence) for sequence in words], of=min)
     return _connected(len(texts), links)
 
 
 def assign_splits(
     grouped: Sequence[Sequence[int]], names: Sequence[str], *, fraction: float, seed: int
 ) -> dict[str, list[int]]:
-    """Give each group to one split: `fraction` of the rows each to valid and test.
+    """Assign each group of rows to one split; valid and test get `fraction` of the rows each.
 
-    Groups come in the order of a hash of the seed and their first name. One that does not fit into
-    test goes to valid, and one that does not fit there goes to train. Groups above a tenth of a
-    split come last, lest one thing said many times be a large part of what is measured. No split
-    stays empty. The rows of a split are ordered by such a hash, too, so that its first rows are a
-    fair sample.
+    Groups are assigned in the order of a hash of the seed and their first name. A group that does
+    not fit into test goes to valid, and one that does not fit there goes to train. Groups larger
+    than a tenth of a split are assigned last, so that no repeated text dominates an evaluation. No
+    split is empty. The rows of a split are sorted by the same hash, so its first rows are a random
+    sample.
 
     Args:
         grouped: at least three groups of row numbers.
-        names: a name for each row, each once.
-        fraction: share of all rows in valid, and in test.
-        seed: another seed, another division.
+        names: a unique name for each row.
+        fraction: the fraction of all rows in valid, and in test.
+        seed: the seed of the hash.
 
     Returns:
         Row numbers by split.
@@ -74,17 +75,17 @@ def assign_splits(
             giver.remove(smallest := min(giver, key=len))
             split[name].append(smallest)
     return {
-        name: sorted((row for group in those for row in group), key=rank)
-        for name, those in split.items()
+        name: sorted((row for group in groups for row in group), key=rank)
+        for name, groups in split.items()
     }
 
 
-def _rows(those: Iterable[Sequence[int]]) -> int:
-    return sum(map(len, those))
+def _rows(groups: Iterable[Sequence[int]]) -> int:
+    return sum(map(len, groups))
 
 
 def _counted(words: Sequence[str]) -> frozenset[_Part]:
-    """The words, each with how many of its kind came before, so that sets count repetitions."""
+    """The words, each numbered by its earlier occurrences, so that sets count repetitions."""
     seen: Counter[str] = Counter()
     parts = []
     for word in words:
@@ -93,7 +94,7 @@ def _counted(words: Sequence[str]) -> frozenset[_Part]:
     return frozenset(parts)
 
 
-def _runs(words: Sequence[str]) -> frozenset[_Part]:
+def _trigrams(words: Sequence[str]) -> frozenset[_Part]:
     return frozenset(zip(words, words[1:], words[2:], strict=False))
 
 
@@ -105,25 +106,27 @@ def _equal(keys: Sequence[Hashable]) -> Iterable[tuple[int, int]]:
 def _overlapping(
     sets: Sequence[frozenset[_Part]], *, of: Callable[[int, int], int]
 ) -> Iterable[tuple[int, int]]:
-    """The pairs of sets that share 80 % of the larger (`of=max`) or the smaller (`of=min`).
+    """The pairs of sets that share 80% of the larger (`of=max`) or the smaller (`of=min`) one.
 
-    Not all pairs need comparing: of n parts, at most n - 0.8 n are missing in a set that shares the
-    rest, so any one part more tells which sets come into question. The rarest tell best.
+    Comparing all pairs is not needed. A set that shares 80% of n parts lacks at most 20% of them,
+    so it contains at least one of any 0.2 n + 1 of them. Looking up the sets that contain one of
+    the rarest 0.2 n + 1 parts finds few candidates.
     """
-    frequency = Counter(part for one in sets for part in one)
+    frequency = Counter(part for parts in sets for part in parts)
     holders: defaultdict[_Part, list[int]] = defaultdict(list)
-    for number, one in enumerate(sets):
-        for part in one:
+    for number, parts in enumerate(sets):
+        for part in parts:
             holders[part].append(number)
-    for number, one in enumerate(sets):
-        if len(one) < _FEWEST:
+    for number, parts in enumerate(sets):
+        if len(parts) < _FEWEST:
             continue
-        count = len(one) - math.ceil(NEARLY_EQUAL * len(one)) + 1
-        rarest = heapq.nsmallest(count, one, key=frequency.__getitem__)
-        for other in {other for part in rarest for other in holders[part]}:
-            needed = NEARLY_EQUAL * of(len(one), len(sets[other]))
-            if needed <= len(one) <= len(sets[other]) and len(one & sets[other]) >= needed:
-                yield number, other
+        count = len(parts) - math.ceil(NEARLY_EQUAL * len(parts)) + 1
+        rarest = heapq.nsmallest(count, parts, key=frequency.__getitem__)
+        for candidate in {holder for part in rarest for holder in holders[part]}:
+            size = len(sets[candidate])
+            needed = NEARLY_EQUAL * of(len(parts), size)
+            if needed <= len(parts) <= size and len(parts & sets[candidate]) >= needed:
+                yield number, candidate
 
 
 def _connected(count: int, links: Iterable[tuple[int, int]]) -> list[list[int]]:
@@ -136,10 +139,10 @@ def _connected(count: int, links: Iterable[tuple[int, int]]) -> list[list[int]]:
             node = root[node]
         return node
 
-    for one, other in links:
-        first, second = sorted((find(one), find(other)))
+    for link in links:
+        first, second = sorted(map(find, link))
         root[second] = first
-    found: defaultdict[int, list[int]] = defaultdict(list)
+    components: defaultdict[int, list[int]] = defaultdict(list)
     for node in range(count):
-        found[find(node)].append(node)
-    return list(found.values())
+        components[find(node)].append(node)
+    return list(components.values())

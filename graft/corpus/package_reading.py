@@ -1,7 +1,7 @@
-"""Reads what a package documents.
+"""Reads the docstrings of a package.
 
-Python and stub files are parsed, never run (griffe); compiled modules are left to child processes
-(`graft.corpus.inspect_compiled`). Knows nothing of what becomes of the docstrings.
+Python sources and stubs are parsed with griffe, never executed; compiled modules are imported in
+child processes (`graft.corpus.inspect_compiled`). Knows nothing about what the docstrings are for.
 """
 
 import ast
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graft.console import one_line
 from graft.corpus.inspect_compiled import inspect_modules
 from graft.corpus.packages import Files, Package, find_files, have_same_owner, top_level
 from graft.corpus.public_names import (
@@ -33,7 +34,7 @@ from graft.runtime.interrupts import Interrupts
 
 import griffe
 
-_FILES_WORTH_PROCESSES = 200  # reading fewer is done before processes have started
+_FILES_WORTH_PROCESSES = 200  # fewer files are read before processes have started
 _TEST_MODULE = re.compile(r"tests|test_\w*|conftest")
 
 ReadingProgress = Callable[[int, int], None]
@@ -41,13 +42,13 @@ ReadingProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Documentation:
-    """What a package documents.
+    """The documentation of a package.
 
     Attributes:
-        package: the package read.
-        modules: how many of its modules were read.
-        objects: its public objects, each once.
-        skipped: what could not be read, and why.
+        package: the package.
+        modules: the number of modules read.
+        objects: the public objects, each once.
+        skipped: from what was not read to the reason.
     """
 
     package: Package
@@ -59,12 +60,12 @@ class Documentation:
 def read_package(
     package: Package, *, workers: int, report: ReadingProgress = lambda done, total: None
 ) -> Documentation:
-    """Read what a package documents.
+    """Read the documentation of a package.
 
     Args:
-        package: one of `find_packages`.
-        workers: processes at once.
-        report: called with the number of modules read and the number known of, time and again.
+        package: the package, from `find_packages`.
+        workers: the number of processes that read files at the same time.
+        report: called repeatedly with the number of modules read and the number known.
     """
     reading = _Reading(workers, report)
     roots = [package.root]
@@ -72,18 +73,18 @@ def read_package(
         reading.parse(roots)
         roots = reading.private_siblings(package.name)
     reading.inspect()
-    read = len(reading.modules)
+    count = len(reading.modules)
     _add_parents(reading.modules, package.root)
     objects = public_objects(reading.modules, package.root)
-    return Documentation(package, read, objects, reading.skipped)
+    return Documentation(package, count, objects, reading.skipped)
 
 
 class _Reading:
-    """A package as far as it is read.
+    """A package that is being read.
 
     Attributes:
-        modules: what was read, by dotted path.
-        skipped: what was not, and why.
+        modules: the modules read so far, by dotted path.
+        skipped: from what was not read to the reason.
     """
 
     def __init__(self, workers: int, report: ReadingProgress) -> None:
@@ -97,13 +98,13 @@ class _Reading:
         self._total = 0
 
     def parse(self, roots: Iterable[str]) -> None:
-        """Read the sources and stubs of packages."""
-        found: dict[str, Files] = {}
+        """Parse the sources and stubs of packages."""
+        modules: dict[str, Files] = {}
         for root in roots:
             self._roots.add(root)
-            found |= self._without_tests(root, find_files(root))
-        self._files |= found
-        readable = {path: files for path, files in found.items() if files.source or files.stub}
+            modules |= self._without_tests(root, find_files(root))
+        self._files |= modules
+        readable = {path: files for path, files in modules.items() if files.source or files.stub}
         self._total += len(readable)
         for path, module, problems in _parse_all(readable, self._workers):
             if module:
@@ -113,8 +114,8 @@ class _Reading:
 
     def _without_tests(self, root: str, files: dict[str, Files]) -> dict[str, Files]:
         kept = {
-            path: those
-            for path, those in files.items()
+            path: module_files
+            for path, module_files in files.items()
             if not any(map(_TEST_MODULE.fullmatch, path.split(".")[1:]))
         }
         if len(kept) < len(files):
@@ -127,7 +128,7 @@ class _Reading:
         self._report(self._done, self._total)
 
     def private_siblings(self, name: str) -> list[str]:
-        """Private top-level packages that the modules import and that belong to the same owner.
+        """Private top-level packages that the modules import and that have the same owner.
 
         `collections` keeps its classes in `_collections`, `pytest` in `_pytest`.
         """
@@ -141,7 +142,7 @@ class _Reading:
             yield from (item.target for item in module.members.values() if item.target)
 
     def inspect(self) -> None:
-        """Have those compiled modules described that are public or imported by others."""
+        """Describe the compiled modules that are public or imported by other modules."""
         used = {prefix for path in self._imported() for prefix in _prefixes(path)}
         names = [
             path
@@ -162,7 +163,7 @@ class _Reading:
 
 
 def _add_parents(modules: dict[str, Module], root: str) -> None:
-    """Add the modules that have no file: the folders of namespace packages."""
+    """Add modules for the folders of namespace packages, which have no file."""
     modules.setdefault(root, Module(root, is_package=True))
     for path in list(modules):
         for prefix in _prefixes(path):
@@ -181,14 +182,14 @@ def _names_from_fields(members: Mapping[str, Any]) -> dict[str, Name]:
 
 
 def _parse_all(
-    found: Mapping[str, Files], workers: int
+    modules: Mapping[str, Files], workers: int
 ) -> Iterator[tuple[str, Module | None, dict[str, str]]]:
-    """Read sources and stubs, in several processes where that pays."""
-    jobs = list(found.items())
+    """Parse sources and stubs, in several processes if there are many."""
+    jobs = list(modules.items())
     if workers == 1 or len(jobs) < _FILES_WORTH_PROCESSES:
         yield from map(_parse_files, jobs)
         return
-    context = multiprocessing.get_context("spawn")  # the threads of a BLAS forbid a plain fork
+    context = multiprocessing.get_context("spawn")  # forking is unsafe with the threads of a BLAS
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         with Interrupts() as interrupts, _inherited_by_workers():
@@ -202,7 +203,7 @@ def _parse_all(
 
 @contextlib.contextmanager
 def _inherited_by_workers() -> Iterator[None]:
-    """What processes started here live with: Ctrl-C is for their parent, and they need no BLAS."""
+    """Make worker processes ignore Ctrl-C, which their parent handles, and load no BLAS."""
     blas = os.environ.get("GRAFT_BLAS")
     os.environ["GRAFT_BLAS"] = "off"
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -217,46 +218,46 @@ def _inherited_by_workers() -> Iterator[None]:
 
 
 def _parse_files(job: tuple[str, Files]) -> tuple[str, Module | None, dict[str, str]]:
-    """One module from its source, its stub or both, and what went wrong with either.
+    """One module from its source, its stub or both, and the problems with either.
 
-    A stub beside a source adds only what it documents: what a module binds, its source says.
+    A stub beside a source adds only documented names: the source decides what a module binds.
     """
     path, files = job
-    read: list[Module] = []
+    parsed: list[Module] = []
     problems = {}
     for file in filter(None, (files.source, files.stub)):
         try:
             module = _parse(path, file)
-        except Exception as error:  # whatever is wrong with one file costs this file only
-            what = path if file.suffix == ".py" else f"{path} (stub)"
-            problems[what] = f"it cannot be parsed: {_one_line(error)}"
+        except Exception as error:  # a problem with one file must not stop the others
+            name = path if file.suffix == ".py" else f"{path} (stub)"
+            problems[name] = f"it cannot be parsed: {_reason(error)}"
             continue
         if files.source and file == files.stub:
             module = Module(path, module.doc, members=documented(module.members))
-        read.append(module)
-    for further in read[1:]:
-        merge_modules(read[0], further)
-    return path, read[0] if read else None, problems
+        parsed.append(module)
+    for further in parsed[1:]:
+        merge_modules(parsed[0], further)
+    return path, parsed[0] if parsed else None, problems
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     line = getattr(error, "lineno", None)
-    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    text = error.msg if isinstance(error, SyntaxError) else one_line(error)
     return f"{type(error).__name__}: {text[:200]}" + (f" (line {line})" if line else "")
 
 
 def _parse(path: str, file: Path) -> Module:
-    logging.getLogger("griffe").setLevel(logging.CRITICAL)  # of annotations it cannot resolve
+    logging.getLogger("griffe").setLevel(logging.CRITICAL)  # hides unresolved annotations
     parent = None
     for part in path.split(".")[:-1]:  # relative imports are resolved through the parents
         parent = griffe.Module(part, filepath=file.with_name("__init__.py"), parent=parent)
     with tokenize.open(file) as text:
         code = text.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+        warnings.simplefilter("ignore")  # invalid escapes in foreign code
         parsed = griffe.visit(path.split(".")[-1], filepath=file, code=code, parent=parent)
         exports = _exports(parsed, code)
-    aliases = [one for one in parsed.members.values() if isinstance(one, griffe.Alias)]
+    aliases = [alias for alias in parsed.members.values() if isinstance(alias, griffe.Alias)]
     return Module(
         path,
         _doc(parsed),
@@ -269,7 +270,7 @@ def _parse(path: str, file: Path) -> Module:
 
 def _names(parsed: griffe.Module | griffe.Class) -> dict[str, Name]:
     names: dict[str, Name] = {}
-    for name, overloads in parsed.overloads.items():  # of stubs, which give no implementation
+    for name, overloads in parsed.overloads.items():  # in stubs, which have no implementation
         names[name] = Name("function", next(filter(None, map(_doc, overloads)), ""))
     for name, member in parsed.members.items():
         if isinstance(member, griffe.Alias):
@@ -293,7 +294,7 @@ def _doc(described: griffe.Object) -> str:
 
 
 def _exports(parsed: griffe.Module, code: str) -> list[str] | None:
-    """`__all__`; None where there is none, or some of it only shows when the code runs."""
+    """`__all__`; `None` if there is none, or if parts of it are computed when the code runs."""
     bound = parsed.members.get("__all__")
     if isinstance(bound, griffe.Alias):  # from other import __all__
         return ["*" + bound.target_path.removesuffix(".__all__")]
@@ -309,11 +310,11 @@ def _exports(parsed: griffe.Module, code: str) -> list[str] | None:
 
 
 class _NotLiteralError(Exception):
-    """An expression whose value cannot be read off."""
+    """An expression that has to be evaluated to know its value."""
 
 
 def _exported_by(node: ast.AST) -> list[str]:
-    """What one statement or call adds to `__all__`."""
+    """The names that one statement or call adds to `__all__`."""
     match node:
         case ast.Assign(targets=[ast.Name("__all__")], value=value):
             return _strings(value)
@@ -331,10 +332,10 @@ def _exported_by(node: ast.AST) -> list[str]:
 
 
 def _strings(value: ast.expr) -> list[str]:
-    """The strings of a sequence expression, "*module" for another module's `__all__`.
+    """The strings of a sequence expression; "*module" stands for another module's `__all__`.
 
     Raises:
-        _NotLiteralError: the expression is of another kind.
+        _NotLiteralError: the expression is not a literal sequence.
     """
     match value:
         case ast.List(items) | ast.Tuple(items) | ast.Set(items):
@@ -364,7 +365,7 @@ def _is_public(path: str) -> bool:
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    """Of `a.b.c`: `a`, `a.b` and `a.b.c`."""
     parts = path.split(".")
     for count in range(1, len(parts) + 1):
         yield ".".join(parts[:count])

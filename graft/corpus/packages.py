@@ -1,6 +1,6 @@
 """Finds installed packages and standard-library modules: their files, versions and licences.
 
-Imports none of them, and opens none of their files.
+It neither imports them nor opens their files.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _PYTHON_LICENCE = "PSF-2.0"
-_LONGEST_LICENCE = 60  # longer metadata is the licence's whole text
+_LONGEST_LICENCE = 60  # longer metadata is the full text of the licence
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Package:
     """A package to read.
 
     Attributes:
-        root: the dotted path asked for, such as ``mlx`` or ``mlx.nn``.
-        version: the distribution's, or Python's for its standard library, else "unknown".
-        licence: as the distribution states it.
+        root: the requested dotted path, such as ``mlx`` or ``mlx.nn``.
+        version: the distribution's version, Python's for the standard library, or "unknown".
+        licence: the licence that the distribution states.
     """
 
     root: str
@@ -43,7 +43,7 @@ class Package:
 
 @dataclass
 class Files:
-    """What a module is made of; `compiled` where only running it tells what it holds."""
+    """The files of a module; `compiled` if only importing it shows its members."""
 
     source: Path | None = None
     stub: Path | None = None
@@ -51,37 +51,37 @@ class Files:
 
 
 def find_packages(names: Iterable[str]) -> tuple[list[Package], list[str]]:
-    """Look packages up by import name, dotted ones too, or by distribution ("PyYAML").
+    """Look up packages by import name, dotted or not, or by distribution ("PyYAML").
 
     Returns:
-        The packages, each once, and the names under which nothing is installed.
+        The packages, each once, and the names that are not installed.
     """
     roots: dict[str, list[str]] = {
         name: [name] if find_files(name) else _imports_of(name) for name in names
     }
-    found = list(dict.fromkeys(root for those in roots.values() for root in those))
-    outermost = [root for root in found if not any(root.startswith(f"{one}.") for one in found)]
-    missing = [name for name, those in roots.items() if not those]
+    every = list(dict.fromkeys(root for paths in roots.values() for root in paths))
+    outermost = [root for root in every if not any(root.startswith(f"{outer}.") for outer in every)]
+    missing = [name for name, paths in roots.items() if not paths]
     return [Package(root, *_version_and_licence(root)) for root in outermost], missing
 
 
 def find_files(root: str) -> dict[str, Files]:
-    """The modules at and below a dotted path; empty where there are none."""
+    """The files of the modules at and below a dotted path; empty if there are none."""
     spec = _find_spec(top_level(root)) if all(map(str.isidentifier, root.split("."))) else None
-    found: dict[str, Files] = {}
+    modules: dict[str, Files] = {}
     if spec is None:
-        return found
+        return modules
     if spec.submodule_search_locations is not None:
         for folder in spec.submodule_search_locations:
             for path, file in _walk(Path(folder), spec.name):
-                _add_file(found, path, file)
+                _add_file(modules, path, file)
     elif spec.origin and spec.origin.endswith(".py"):
         source = Path(spec.origin)
         stub = source.with_suffix(".pyi")
-        found[spec.name] = Files(source, stub if stub.exists() else None)
+        modules[spec.name] = Files(source, stub if stub.exists() else None)
     else:
-        found[spec.name] = Files(compiled=True)
-    return {path: those for path, those in found.items() if f"{path}.".startswith(f"{root}.")}
+        modules[spec.name] = Files(compiled=True)
+    return {path: files for path, files in modules.items() if f"{path}.".startswith(f"{root}.")}
 
 
 def have_same_owner(first: str, second: str) -> bool:
@@ -92,13 +92,13 @@ def have_same_owner(first: str, second: str) -> bool:
 
 
 def top_level(path: str) -> str:
-    """The package that a dotted path begins with."""
+    """The first component of a dotted path."""
     return path.partition(".")[0]
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
-    """Where a top-level module is, without importing it."""
-    # Frozen modules have sources all the same, which only the search of the path tells.
+    """The import spec of a top-level module, without importing it."""
+    # Frozen modules have source files, too, which only a search of the path finds.
     spec = None if name in sys.builtin_module_names else PathFinder.find_spec(name)
     with contextlib.suppress(ImportError, ValueError):
         return spec or importlib.util.find_spec(name)
@@ -106,7 +106,7 @@ def _find_spec(name: str) -> ModuleSpec | None:
 
 
 def _walk(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
-    """Every file that might be a module, with its dotted path, in a fixed order."""
+    """Every file that may be a module, with its dotted path, in a fixed order."""
     for here, folders, files in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if name.isidentifier() and name != "__pycache__"
@@ -118,18 +118,18 @@ def _walk(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
                 yield below if stem == "__init__" else f"{below}.{stem}", Path(here, file)
 
 
-def _add_file(found: dict[str, Files], path: str, file: Path) -> None:
+def _add_file(modules: dict[str, Files], path: str, file: Path) -> None:
     extension = "." + file.name.partition(".")[2]
-    files = found.get(path, Files())
+    files = modules.get(path, Files())
     if extension == ".py":
         files.source = files.source or file
     elif extension == ".pyi":
         files.stub = files.stub or file
     elif extension in EXTENSION_SUFFIXES and not file.name.startswith("lib"):
-        files.compiled = True  # a plain .so named lib... is a library that modules link to
+        files.compiled = True  # lib*.so is a library that modules link to
     else:
         return
-    found[path] = files
+    modules[path] = files
 
 
 def _imports_of(distribution: str) -> list[str]:
@@ -144,18 +144,18 @@ def _imports_of(distribution: str) -> list[str]:
 
 def _version_and_licence(root: str) -> tuple[str, str]:
     top = top_level(root)
-    owners = sorted(set(_owners().get(top, ())), key=lambda one: (_normalised(one) != top, one))
-    sure = [owner for owner in owners if _installs(owner, root)]
-    if not sure and top in sys.stdlib_module_names:
+    owners = sorted(set(_owners().get(top, ())), key=lambda name: (_normalised(name) != top, name))
+    certain = [owner for owner in owners if _installs(owner, root)]
+    if not certain and top in sys.stdlib_module_names:
         return platform.python_version(), _PYTHON_LICENCE
     if not owners:
         return "unknown", "not stated"
-    distribution = metadata.distribution((sure or owners)[0])
+    distribution = metadata.distribution((certain or owners)[0])
     return distribution.version, _licence(distribution.metadata)
 
 
 def _installs(owner: str, root: str) -> bool:
-    """Whether a distribution lists files of a package; one in development does not."""
+    """Whether a distribution lists files of a package; an editable installation does not."""
     folder = root.replace(".", "/")
     files = map(str, metadata.distribution(owner).files or ())
     return any(file.startswith((f"{folder}/", f"{folder}.")) for file in files)
@@ -166,9 +166,9 @@ def _licence(fields: Any) -> str:
         text = str(fields.get(field) or "").strip()
         if 0 < len(text) <= _LONGEST_LICENCE and "\n" not in text:
             return text
-    classifiers = [str(one) for one in fields.get_all("Classifier") or ()]
-    named = [one.rpartition(" :: ")[2] for one in classifiers if one.startswith("License ::")]
-    return ", ".join(named) or "not stated"
+    classifiers = map(str, fields.get_all("Classifier") or ())
+    licences = [line.rpartition(" :: ")[2] for line in classifiers if line.startswith("License ::")]
+    return ", ".join(licences) or "not stated"
 
 
 @functools.cache

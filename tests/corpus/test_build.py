@@ -1,4 +1,4 @@
-"""graft/corpus/build.py: the command that builds a dataset, from its arguments to its files."""
+"""graft/corpus/build.py: a dataset is built, from the command's arguments to its files."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_long_texts_are_shortened_at_an_end_and_counted(
     assert 280 < len(texts["tools.long"]) <= 300
     assert texts["tools.long"].endswith("Another sentence.")
     printed = capsys.readouterr().out
-    assert "shortened at a paragraph or sentence end: 1\n" in printed
+    assert "shortened to the end of a paragraph or sentence: 1\n" in printed
     assert "  tools.endless: no sentence ends within 300 characters\n" in printed
     assert "tools.endless" not in texts
 
@@ -231,7 +231,10 @@ def test_packages_without_docstrings_are_named(
     (site / "silent.py").write_text("def f(): pass\n")
     (site / "mute.py").write_text("")
     assert build("silent", "tools", "mute", "--out", tmp_path / "out") == 2
-    assert capsys.readouterr().err == "error: no docstrings in mute, silent; leave them out\n"
+    assert (
+        capsys.readouterr().err
+        == "error: no docstrings in mute, silent; leave these packages out\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -268,7 +271,7 @@ def test_force_replaces_a_dataset_and_nothing_else(
     assert files_in(out) != before
     (out / "thesis.txt").write_text("the only copy")
     assert build("tools", "--out", out, "--force") == 2
-    assert "it holds thesis.txt: --force would delete that" in capsys.readouterr().err
+    assert "--force would delete thesis.txt; choose another folder" in capsys.readouterr().err
     assert (out / "thesis.txt").read_text() == "the only copy"
 
 

@@ -125,7 +125,10 @@ def test_results_come_in_the_order_asked_for(modules: Path) -> None:
 
 def test_an_interruption_ends_the_children(modules: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    code = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        f"import os, time\nwith open({str(note)!r} + '.new', 'w') as new: "
+        f"new.write(str(os.getpid()))\nos.rename(new.name, {str(note)!r}); time.sleep(60)"
+    )
     (modules / "sleeps.py").write_text(code)
     (modules / "fast.py").write_text(
         f"import os, time\nwhile not os.path.exists({str(note)!r}): time.sleep(0.01)"
