@@ -7,7 +7,6 @@ afterwards, and if too much is lost, layers are rounded with more care, or to mo
 """
 
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.files import apply_adapter
+from graft.console import note
 from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
 from graft.data.sources import check_data_name
@@ -29,6 +29,8 @@ from graft.storage.atomic import new_folder
 MAX_KL = 0.01
 MAX_GROWTH = 0.09
 SAMPLE_ROWS, SAMPLE_TOKENS = 16, 256
+# English prose, lists, dialogue, tables and code, written for Graft.
+SAMPLE_TEXT = Path(__file__).parents[1] / "assets" / "sample_text.txt"
 
 
 @dataclass(frozen=True)
@@ -132,34 +134,14 @@ def sample_text(
     """
     limit = min(SAMPLE_TOKENS, config.get("max_position_embeddings") or SAMPLE_TOKENS)
     data = named or (trained_on if trained_on is not None and Path(trained_on).exists() else None)
-    with tempfile.TemporaryDirectory() as folder:
-        if data is None:
-            print(
-                "note: the data of the run is not here; comparing on Graft's own text; name "
-                "other text with --check-data",
-                file=sys.stderr,
-            )
-            place = Path(folder) / "sample.txt"
-            place.write_text("\n\n".join(_own_text()), encoding="utf-8")
-            data = str(place)
-        check_data_name(data)
-        whole = 1.0 if Path(data).is_file() else 0.1
-        found = load_splits(data, tokenizer, ["valid"], max_length=limit, valid_fraction=whole)
+    if data is None:
+        note(
+            "the run's data is not here; comparing on Graft's sample text; --check-data names "
+            "other text"
+        )
+        data = str(SAMPLE_TEXT)
+    check_data_name(data)
+    whole = 1.0 if Path(data).is_file() else 0.1
+    found = load_splits(data, tokenizer, ["valid"], max_length=limit, valid_fraction=whole)
     rows = sample_rows(found["valid"].examples, 2 * SAMPLE_ROWS, seed=0)
     return rows[::2], rows[1::2] or rows
-
-
-def _own_text() -> list[str]:
-    import graft.adapters.layer_kinds
-    import graft.adapters.methods
-    import graft.models
-    import graft.quantization.divergence
-
-    modules = (
-        graft.models,
-        graft.adapters.layer_kinds,
-        graft.adapters.methods,
-        graft.quantization.divergence,
-        sys.modules[__name__],
-    )
-    return [module.__doc__ or "" for module in modules]
