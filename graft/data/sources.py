@@ -219,19 +219,21 @@ def _folder_sources(folder: Path) -> DataSource | dict[str, DataSource]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _dataset_sources(_load_dataset(str(folder), None, None), str(folder))
     documents = _documents_below(folder)
-    tables = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
-    if documents and not tables:
-        many = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
-        return _file_source(documents, many)
-    types = dict.fromkeys(reader.name for reader in FILE_READERS.values())
-    raise InputError(
-        f"{folder / 'train.jsonl'} is missing; {folder} "
-        + (
-            f"has only {', '.join(tables)}: name one of them with --data"
-            if tables
-            else f"has no {' or '.join(types)} files"
-        )
+    others = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
+    if others or not documents:
+        raise InputError(_no_splits(folder, others))
+    name = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
+    return _file_source(documents, name)
+
+
+def _no_splits(folder: Path, files: Sequence[str]) -> str:
+    *types, last = dict.fromkeys(reader.name for reader in FILE_READERS.values())
+    reason = (
+        f"has only {', '.join(files)}: name one of them with --data"
+        if files
+        else f"has no {', '.join(types)} or {last} files"
     )
+    return f"{folder / 'train.jsonl'} is missing; {folder} {reason}"
 
 
 def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data import readers
+from graft.data import examples, readers
 from graft.data.examples import (
     Example,
     Split,
@@ -290,6 +290,24 @@ def test_a_damaged_entry_is_made_again(
     again = load(data, sentencepiece)
     assert capsys.readouterr().err.count("is damaged") == 1  # train and valid share their tokens
     assert not again["train"].cached and same(first["train"], again["train"])
+    assert load(data, sentencepiece)["train"].cached
+
+
+def test_entries_of_another_format_are_left_alone(
+    tmp_path: Path,
+    cache: Path,
+    sentencepiece: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS)
+    monkeypatch.setattr(examples, "_CACHE_FORMAT", 1)
+    first = load(data, sentencepiece)
+    monkeypatch.undo()
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    again = load(data, sentencepiece)
+    assert not again["train"].cached and same(first["train"], again["train"])
+    assert capsys.readouterr() == ("", "")
     assert load(data, sentencepiece)["train"].cached
 
 

@@ -1,3 +1,4 @@
+import csv
 import json
 import subprocess
 import sys
@@ -6,10 +7,13 @@ from pathlib import Path
 import graft  # noqa: F401
 from graft.data import readers
 from graft.data.readers import read_jsonl
+from graft.data.rows import Row
+from graft.data.sources import check_data_name, find_split_sources
 from graft.errors import InputError
 
 import pytest
 
+from support.paths import ROOT
 from support.tiny import TEXTS, write_rows
 
 
@@ -127,3 +131,26 @@ def test_a_folder_named_datasets_is_not_the_package(tmp_path: Path) -> None:
         text=True,
     )
     assert "InputError: this --data needs the package datasets" in done.stderr
+
+
+def test_a_reader_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_csv(path: Path) -> list[Row]:
+        with path.open(newline="") as file:
+            return [Row(fields, f"{path}") for fields in csv.DictReader(file)]
+
+    path = tmp_path / "train.csv"
+    path.write_text("text,score\na,1\nb,2\n")
+    with pytest.raises(InputError, match=r"ends in none of \.jsonl, \.parquet, \.txt, \.md; "):
+        check_data_name(str(path))
+    with pytest.raises(InputError, match="has no JSONL, Parquet or text files"):
+        find_split_sources(str(tmp_path), ["train"], valid_fraction=0.5)
+    monkeypatch.setitem(readers.FILE_READERS, ".csv", readers.FileReader("CSV", read_csv))
+    for data in (path, tmp_path):
+        splits = find_split_sources(str(data), ["train", "valid"], valid_fraction=0.5)
+        texts = [row.fields["text"] for split in splits.values() for row in split.rows()]
+        assert sorted(texts) == ["a", "b"]
+
+
+def test_the_documentation_names_every_suffix() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [suffix for suffix in readers.FILE_READERS if f"`{suffix}`" not in text] == []

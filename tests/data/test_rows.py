@@ -1,10 +1,40 @@
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data.rows import content, content_fraction, find_shape, raise_problems, row_problem
+from graft.data import rows
+from graft.data.chat_template import ChatFormat
+from graft.data.examples import describe_split, tokenize_rows
+from graft.data.readers import content_columns
+from graft.data.rows import (
+    Row,
+    RowShape,
+    content,
+    content_fraction,
+    content_keys,
+    find_shape,
+    raise_problems,
+    row_problem,
+)
+from graft.data.tokenize import Passage
 from graft.errors import InputError
 
 import pytest
+
+from support.paths import ROOT
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes: 1 is BOS, 2 is EOS."""
+
+    eos_token_id = 2
+    eos_token_ids = frozenset({2})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
 
 USER = {"role": "user", "content": "hi"}
 CHAT = {"messages": [USER, {"role": "assistant", "content": "yo"}]}
@@ -101,3 +131,34 @@ def test_five_problems_are_told_and_the_rest_counted() -> None:
     raise_problems([], noun="rows")
     with pytest.raises(InputError, match=r"^x:0: bad; .*x:4: bad \(and 2 more rows\)$"):
         raise_problems([(f"x:{number}", "bad") for number in range(7)], noun="rows")
+
+
+def test_a_shape_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def passages(row: Row, chat_format: ChatFormat, mask_prompt: bool) -> list[Passage]:
+        question = f"Q: {row.fields['question']}\nA: "
+        text = question + row.fields["answer"]
+        return [Passage(text, ((len(question), len(text)),))]
+
+    fields = {"question": "a?", "answer": "b", "score": 1}
+    assert "; this one has 'question', 'answer', 'score'" in (row_problem(fields) or "")
+    shape = RowShape(
+        "question", ("question", "answer"), lambda fields: None, passages, optional_keys=("hint",)
+    )
+    monkeypatch.setattr(rows, "ROW_SHAPES", [*rows.ROW_SHAPES, shape])
+    assert row_problem(fields) is None
+    assert content(fields) == {"question": "a?", "answer": "b"}
+    assert content_columns(["score", "answer", "question", "hint"], "t") == [
+        "answer",
+        "question",
+        "hint",
+    ]
+    assert "'question' with 'answer', or 'text', or 'prompt' with" in (row_problem({}) or "")
+    split = tokenize_rows([Row(fields, "x:1")], Bytes(), max_length=99, mask_prompt=True)
+    (example,) = split.examples
+    assert bytes(example.tokens[example.loss_mask][:-1].tolist()) == b"b"
+    assert describe_split(split, 99) == "1 row, 12 tokens, 2 trained: 1 question from "
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [key for key in content_keys() if f"`{key}`" not in text] == []

@@ -168,7 +168,7 @@ def test_the_key_is_of_the_content_not_the_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "needed", "words"),
     [
-        ({}, "train", "has no JSONL or Parquet or text files"),
+        ({}, "train", "has no JSONL, Parquet or text files"),
         ({"other.jsonl": "{}"}, "train", "has only other.jsonl: name one of them with --data"),
         ({"valid.jsonl": '{"text": "a"}'}, "train", "train.jsonl is missing; "),
         ({"train.jsonl": '{"text": "a"}', "train.txt": "a"}, "train", "for train: keep one"),
