@@ -35,14 +35,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds `(default: VALUE)` to the help of every option that takes a value and has a default."""
+    """Adds `(default: VALUE)` to the help of every option that takes a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default not in (None, argparse.SUPPRESS, [], ())
-        if not action.option_strings or action.nargs == 0 or not shown or "(default" in text:
+        is_switch = not action.option_strings or action.nargs == 0 or action.required
+        if is_switch or action.default is argparse.SUPPRESS or "(default" in text:
             return text
-        return f"{text} (default: %(default)s)"
+        return f"{text} (default: {'none' if action.default in (None, [], ()) else '%(default)s'})"
 
 
 def command(main: Main) -> Callable[..., int]:
