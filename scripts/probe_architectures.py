@@ -156,7 +156,8 @@ def default_targets(config: dict[str, Any]) -> str:
 
 def fast_gradients(config: dict[str, Any]) -> str:
     """Whether gradients with the CPU's fast paths are those without."""
-    return verdict(gradients(make_adapted(config)), gradients(make_adapted(config, suited=False)))
+    plain = gradients(make_adapted(config, suited=False))
+    return verdict(gradients(make_adapted(config)), plain)
 
 
 def chunked_loss(config: dict[str, Any]) -> str:
@@ -243,8 +244,9 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "default targets": default_targets,
+    # First, as a suited model may leave its attention to the others of the process.
     "fast gradients": fast_gradients,
+    "default targets": default_targets,
     "chunked loss": chunked_loss,
     "packing": packing,
     "activation cache": activation_cache,
