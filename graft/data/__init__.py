@@ -1,1 +1,1 @@
-"""Rows to tokens to batches."""
+"""Data: from files to rows, from rows to tokens, from tokens to batches."""

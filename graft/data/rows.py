@@ -1,4 +1,4 @@
-"""Row shapes: which keys a row of data may have, what is wrong with a row, and how it becomes text.
+"""Row shapes: the keys that rows of data may have, their checks, and how a row becomes text.
 
 A shape is one entry of `ROW_SHAPES`; readers, error messages and tokenization follow from it. Knows
 nothing of files.

@@ -115,17 +115,18 @@ def find_split_sources(
     Raises:
         InputError: the data does not exist, cannot be read, or lacks a split.
     """
-    found = _find_sources(data)
-    if isinstance(found, DataSource):
+    sources = _find_sources(data)
+    if isinstance(sources, DataSource):
+        undivided = sources
         shares = {"train": "train", "valid": "valid", "test": "valid"}
-        return {name: SplitSource(found, shares[name], valid_fraction) for name in needed}
-    splits = {name: SplitSource(source) for name, source in found.items()}
-    if "train" in found and "valid" not in found:
+        return {name: SplitSource(undivided, shares[name], valid_fraction) for name in needed}
+    splits = {name: SplitSource(source) for name, source in sources.items()}
+    if "train" in sources and "valid" not in sources:
         for share in ("train", "valid"):
-            splits[share] = SplitSource(found["train"], share, valid_fraction)
+            splits[share] = SplitSource(sources["train"], share, valid_fraction)
     missing = [name for name in needed if name not in splits]
     if missing:
-        raise InputError(_missing_splits(data, missing, found))
+        raise InputError(_missing_splits(data, missing, sources))
     return {name: splits[name] for name in needed}
 
 
@@ -185,11 +186,11 @@ def _find_sources(data: str) -> DataSource | dict[str, DataSource]:
     return _dataset_sources(_load_dataset(data, match[1], match[2]), data)
 
 
-def _missing_splits(data: str, missing: Sequence[str], found: Mapping[str, DataSource]) -> str:
+def _missing_splits(data: str, missing: Sequence[str], sources: Mapping[str, DataSource]) -> str:
     if Path(data).is_dir():
         missing = [str(Path(data) / f"{name}.jsonl") for name in missing]
     verb = "is" if len(missing) == 1 else "are"
-    names = ", ".join(source.name for source in found.values())
+    names = ", ".join(source.name for source in sources.values())
     return f"{' and '.join(missing)} {verb} missing; {data} has {names}"
 
 
@@ -219,25 +220,25 @@ def _folder_sources(folder: Path) -> DataSource | dict[str, DataSource]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _dataset_sources(_load_dataset(str(folder), None, None), str(folder))
     documents = _documents_below(folder)
-    others = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
-    if others or not documents:
-        raise InputError(_no_splits(folder, others))
+    tables = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
+    if tables or not documents:
+        raise InputError(_no_splits(folder, tables))
     name = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
     return _file_source(documents, name)
 
 
-def _no_splits(folder: Path, files: Sequence[str]) -> str:
+def _no_splits(folder: Path, tables: Sequence[str]) -> str:
     *types, last = dict.fromkeys(reader.name for reader in FILE_READERS.values())
     reason = (
-        f"has only {', '.join(files)}: name one of them with --data"
-        if files
+        f"has only {', '.join(tables)}: name one of them with --data"
+        if tables
         else f"has no {', '.join(types)} or {last} files"
     )
     return f"{folder / 'train.jsonl'} is missing; {folder} {reason}"
 
 
 def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split that file names tell: one, or several shards of one type."""
+    """The files named after each split: a single file, or shards of one type."""
     splits: dict[str, list[Path]] = {}
     unsharded: set[str] = set()
     for path in files:
@@ -248,7 +249,7 @@ def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     for name, paths in splits.items():
         if len({path.suffix for path in paths}) > 1 or (name in unsharded and len(paths) > 1):
             names = ", ".join(path.name for path in paths)
-            raise InputError(f"{folder} has {names} for {name}: keep one")
+            raise InputError(f"{folder} has {names} for {name}: keep only one")
     return splits
 
 

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from graft.data.readers import read_jsonl
 from graft.data.rows import Row
 from graft.data.sources import check_data_name, find_split_sources
 from graft.errors import InputError
+from graft.training.options import Options
 
 import pytest
 
@@ -154,3 +156,8 @@ def test_a_reader_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_documentation_names_every_suffix() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert [suffix for suffix in readers.FILE_READERS if f"`{suffix}`" not in text] == []
+
+
+def test_the_help_of_data_names_every_suffix() -> None:
+    text = next(field for field in dataclasses.fields(Options) if field.name == "data").metadata
+    assert [suffix for suffix in readers.FILE_READERS if suffix not in text["help"]] == []

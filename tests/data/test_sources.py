@@ -171,7 +171,7 @@ def test_the_key_is_of_the_content_not_the_place(tmp_path: Path) -> None:
         ({}, "train", "has no JSONL, Parquet or text files"),
         ({"other.jsonl": "{}"}, "train", "has only other.jsonl: name one of them with --data"),
         ({"valid.jsonl": '{"text": "a"}'}, "train", "train.jsonl is missing; "),
-        ({"train.jsonl": '{"text": "a"}', "train.txt": "a"}, "train", "for train: keep one"),
+        ({"train.jsonl": '{"text": "a"}', "train.txt": "a"}, "train", "for train: keep only one"),
         ({"train.txt": " "}, "train", "train.txt is empty"),
     ],
     ids=["nothing", "other names", "only valid", "two forms", "blank text"],
