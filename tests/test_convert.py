@@ -10,6 +10,7 @@ from typing import Any
 
 import convert
 from graft.errors import InputError
+from graft.quantization.choose import BITS, GROUP_SIZES
 from graft.storage.safetensors import open_safetensors
 
 import mlx.core as mx
@@ -71,8 +72,8 @@ def test_a_cast_is_that_of_mlx(llama: Path, tmp_path: Path, dtype: str, file_for
     assert config_of(tmp_path / "out")["torch_dtype"] == dtype
 
 
-@pytest.mark.parametrize("bits", convert.BITS)
-@pytest.mark.parametrize("group_size", convert.GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_quantizing_equals_mlx_lm_bit_for_bit_and_loads(
     llama: Path, tmp_path: Path, bits: int, group_size: int
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_width_that_groups_do_not_divide_stays_whole_and_is_said(tmp_path: Pat
     source = tiny.write_model(tmp_path / "hf", {**WIDE, "intermediate_size": 96})
     report = convert.convert(tmp_path / "out", hf_path=source, quantize=True)
     assert report.notes == [
-        "whole, since groups of 64 do not divide their width of 96: "
+        "not quantized, since groups of 64 do not divide their width of 96: "
         "model.layers.*.mlp.down_proj (2)"
     ]
     assert weights_of(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"].dtype == mx.float32

@@ -1,7 +1,4 @@
-"""A base model on disk, its tensors unread: what fusing and extracting stream through.
-
-Knows the folders that `graft.pretrained.load` reads; knows nothing of adapters.
-"""
+"""A model whose tensors stay on disk: converting, fusing and extracting read them one by one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +17,24 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model with its tensors on disk.
+    """A model with its tensors on disk.
 
     Attributes:
         folder: where it is.
-        config: as config.json has it, or would.
-        model: the architecture, quantized as the tensors are; its weights are placeholders that
-            are never computed.
+        config: as config.json has it or would have it.
+        model: the architecture, quantized as the tensors are. Its own weights are placeholders
+            that are never computed.
         tensors: under mlx-lm's names.
+        parameters: how many the model has; a quantized weight counts as a whole one.
+        notes: on tensors that the architecture does not use, a line each.
     """
 
     folder: Path
     config: dict[str, Any]
     model: nn.Module
     tensors: dict[str, LazyTensor]
+    parameters: int
+    notes: list[str]
 
 
 @contextmanager
@@ -42,22 +43,39 @@ def open_base(folder: Path, scratch: Path) -> Iterator[BaseFiles]:
 
     Args:
         folder: of any layout that Graft loads.
-        scratch: a folder for a copy of the tensors, should the architecture's own renaming need
-            one.
+        scratch: a folder for a copy of the tensors, which some architectures need.
 
     Raises:
         InputError: the folder is incomplete or damaged.
     """
-    config, tensors = open_folder(folder)
+    staged = scratch / "staged.safetensors"
+    try:
+        yield fit_tensors(folder, *open_folder(folder), staged)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def fit_tensors(
+    folder: Path, config: dict[str, Any], tensors: dict[str, LazyTensor], staged: Path
+) -> BaseFiles:
+    """Put a checkpoint's tensors under the names of its architecture in mlx-lm.
+
+    Args:
+        folder: the checkpoint's.
+        config: its configuration.
+        tensors: by the checkpoint's names.
+        staged: a file for a copy of the tensors, written if the architecture's own renaming needs
+            one; it must outlive the result.
+
+    Raises:
+        InputError: an unknown architecture, or tensors that do not fit it.
+    """
     if is_foreign(config):
         config, tensors = open_foreign(folder, config)
     model = build_model(config)
-    staged = scratch / "staged.safetensors"
-    try:
-        tensors, _ = under_mlx_names(model, tensors, staged, place=str(folder))
-        if "quantization" in config:
-            quantize_as_saved(model, config["quantization"], cast(Any, tensors))
-        check_fit(parameters_of(model), tensors, str(folder))
-        yield BaseFiles(folder, config, model, tensors)
-    finally:
-        staged.unlink(missing_ok=True)
+    parameters = sum(array.size for array in parameters_of(model).values())
+    tensors, notes = under_mlx_names(model, tensors, staged, place=str(folder))
+    if "quantization" in config:
+        quantize_as_saved(model, config["quantization"], cast(Any, tensors))
+    check_fit(parameters_of(model), tensors, str(folder))
+    return BaseFiles(folder, config, model, tensors, parameters, notes)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from graft.errors import InputError
 from graft.models import is_quantized, weight_shape
+from graft.pretrained.convert import QuantizationPlan
 from graft.pretrained.module_paths import collapsed
 
 import mlx.nn as nn
@@ -40,18 +41,15 @@ def quantization_settings(bits: int | None, group_size: int | None) -> Quantizat
     return {"group_size": group_size, "bits": bits, "mode": "affine"}
 
 
-def quantize(
-    model: nn.Module, settings: Quantization, skip: Sequence[str]
-) -> tuple[dict[str, Quantization], list[str]]:
+def choose_quantized_layers(
+    model: nn.Module, settings: Quantization, skip: Sequence[str] = ()
+) -> QuantizationPlan:
     """Choose the layers to quantize as mlx-lm does, by their class and the model's own rule.
 
     Args:
         model: the architecture, not quantized.
         settings: group size, bits and mode.
-        skip: names or globs of layers to leave whole.
-
-    Returns:
-        The settings of each chosen layer, by path, and notes on those that stay whole.
+        skip: names or globs of layers to leave unquantized.
 
     Raises:
         InputError: a name in `skip` matches no layer, or no layer is left to quantize.
@@ -59,24 +57,35 @@ def quantize(
     leaves = cast(Any, tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     layers = {path: module for path, module in leaves if hasattr(module, "to_quantized")}
     rule = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    skipped = set(_matching(skip, layers))
     chosen: dict[str, Quantization] = {}
-    whole: dict[str, list[str]] = {"as --q-skip says": _matching(skip, layers)}
+    unquantized: dict[str, list[str]] = {}
     for path, module in layers.items():
-        wanted, width = rule(path, module), module.weight.shape[-1]
-        layer = settings | (wanted if isinstance(wanted, dict) else {})
-        if path in whole["as --q-skip says"]:
-            continue
-        if not wanted:
-            whole.setdefault("as mlx-lm leaves them in this architecture", []).append(path)
-        elif width % settings["group_size"] or width % layer["group_size"]:
-            reason = f"since groups of {layer['group_size']} do not divide their width of {width}"
-            whole.setdefault(reason, []).append(path)
+        layer, reason = _settings_or_reason(module, settings, rule(path, module))
+        if path in skipped:
+            reason = "as --q-skip says"
+        if reason:
+            unquantized.setdefault(reason, []).append(path)
         else:
             chosen[path] = layer
-    notes = [f"whole, {why}: {_listed(collapsed(paths))}" for why, paths in whole.items() if paths]
+    notes = [f"not quantized, {why}: {_listed(collapsed(p))}" for why, p in unquantized.items()]
     if not chosen:
         raise InputError(f"-q leaves nothing to quantize ({'; '.join(notes)})")
-    return chosen, notes
+    differing = {path: layer for path, layer in chosen.items() if layer != settings}
+    return QuantizationPlan(chosen, settings | differing, notes)
+
+
+def _settings_or_reason(
+    module: Any, settings: Quantization, wanted: bool | Quantization
+) -> tuple[Quantization, str]:
+    """How a layer is quantized, or why it is not; `wanted` is the answer of the model's rule."""
+    layer = settings | (wanted if isinstance(wanted, dict) else {})
+    if not wanted:
+        return layer, "as mlx-lm leaves them in this architecture"
+    width = module.weight.shape[-1]
+    if width % settings["group_size"] or width % layer["group_size"]:
+        return layer, f"since groups of {layer['group_size']} do not divide their width of {width}"
+    return layer, ""
 
 
 def _matching(patterns: Sequence[str], paths: Iterable[str]) -> list[str]:

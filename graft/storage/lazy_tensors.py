@@ -7,6 +7,7 @@ format says where in which file a tensor lies.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -214,6 +215,16 @@ def blocks(tensor: LazyTensor) -> Iterator[mx.array]:
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, tensor.shape[0], step):
         yield tensor.rows(start, min(start + step, tensor.shape[0]))
+
+
+@contextmanager
+def without_buffer_cache() -> Iterator[None]:
+    """Make MLX release freed buffers at once; it would keep some of every size that occurs."""
+    limit = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
