@@ -49,7 +49,7 @@ from graft.training.packing import find_capacity, forward
 from graft.training.progress import Progress, Window
 from graft.training.reporters import REPORTERS
 from graft.training.run_folder import RunFiles, check_options, check_same
-from graft.training.setup import plan_run, read_originals
+from graft.training.setup import plan_run, read_unquantized_weights
 from graft.training.step import StepResult, UpdateStep
 from graft.training.supervisor import is_supervised, supervise_run
 
@@ -391,8 +391,13 @@ def start_adapter(model: nn.Module, options: Options) -> AdapterRecord:
         print(f"starting from {name}, with its layers, ranks and alphas")
     else:
         settings = plan_run(model, options)
-        originals = read_originals(options.original_model, settings)
-        attach(model, settings, dropout=options.dropout, seed=options.seed, originals=originals)
+        attach(
+            model,
+            settings,
+            dropout=options.dropout,
+            seed=options.seed,
+            unquantized_weights=read_unquantized_weights(options.original_model, settings),
+        )
     if not options.whole_logits:
         avoid_whole_logits(model)
     trained, total = count_parameters(model)

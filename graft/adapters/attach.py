@@ -1,27 +1,15 @@
 """Puts LoRA layers into a model and takes them out again.
 
-Knows module paths, kinds and methods; knows nothing of files or training. Which layers to adapt is
-for `graft.adapters.targets` to say, or for the caller.
+Knows module paths, kinds and methods; nothing of files or training. Which layers to adapt is chosen
+by `graft.adapters.targets`, or by the caller.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
-from graft.adapters.layer_kinds import (
-    EMBEDDING,
-    EMBEDDING_COLUMNS,
-    EMBEDDING_INPUT,
-    LINEAR,
-    VECTOR,
-    WEIGHT,
-    FusedParts,
-    LayerKind,
-    kind_of,
-)
+from graft.adapters.layer_config import LayerConfig, config_problems, resolve_kind
 from graft.adapters.methods import METHODS, make_layer
 from graft.errors import InputError
-from graft.models import LoRALayer, is_quantized, linear_dims, scale_of
+from graft.models import LoRALayer
 from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
@@ -29,86 +17,60 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-@dataclass(frozen=True)
-class LayerConfig:
-    """How one layer is adapted.
-
-    Attributes:
-        rank: of the update; 1 for a method or a kind that has none.
-        alpha: numerator of the scale.
-        method: one of `graft.adapters.methods.METHODS`.
-        kind: what the layer is to be taken for; its type tells, unless "weight" asks for
-            merge-first, "embedding-input" for an embedding whose tied output stays as it was, or
-            "embedding-columns" for the same with DoRA, as PEFT has it.
-        parts: the parts of a fused projection that are adapted; `None` adapts the whole.
-    """
-
-    rank: int
-    alpha: float
-    method: str = "lora"
-    kind: str | None = None
-    parts: FusedParts | None = None
-
-    @property
-    def scale(self) -> float:
-        """The factor on the update."""
-        rank_stabilized = METHODS[self.method].rank_stabilized
-        return scale_of(self.rank, self.alpha, rank_stabilized=rank_stabilized)
-
-
 def attach(
     model: nn.Module,
-    settings: Mapping[str, LayerConfig],
+    layers: Mapping[str, LayerConfig],
     *,
     dropout: float = 0.0,
     seed: int = 0,
-    originals: Mapping[str, mx.array] | None = None,
-    blank: bool = False,
+    unquantized_weights: Mapping[str, mx.array] | None = None,
+    for_loading: bool = False,
     report: Callable[[str], object] | None = None,
 ) -> None:
-    """Freeze `model` and put a LoRA layer over each module named in `settings`.
+    """Freeze `model` and put a LoRA layer over each module named in `layers`.
 
-    Running statistics, as of `nn.BatchNorm`, are held too: such layers stay in evaluation mode,
-    also while the model trains, until `detach`.
+    Layers with running statistics, such as `nn.BatchNorm`, stay in evaluation mode until `detach`,
+    even while the model trains, so the statistics do not change.
 
     Args:
         model: any MLX model; changed in place.
-        settings: from module path to rank, alpha and method.
-        dropout: probability of zeroing an input of A while training; without effect on layers whose
-            update has no such input: ids, vectors, merge-first, (IA)3.
-        seed: of the initial `lora_a`; each layer's draw depends on its place in `settings` only.
-        originals: weights before quantization by module path, for LoftQ.
-        blank: the layers' tensors will be loaded, so that LoftQ needs no originals.
-        report: is told how many parameters were trained before and are now, such as `print`.
+        layers: from module path to rank, alpha and method.
+        dropout: probability of zeroing an input of A during training; without effect on layers
+            whose update has no such input: ids, vectors, merge-first, (IA)3.
+        seed: seed of the initial `lora_a`; each layer's draw depends on its position in `layers`
+            only.
+        unquantized_weights: weights before quantization by module path, for LoftQ.
+        for_loading: whether tensors will be loaded into the layers, so that LoftQ needs no
+            unquantized weights.
+        report: called with the number of trained parameters before and after, a line each, such as
+            `print`.
 
     Raises:
         InputError: paths that the model does not have, modules that cannot be adapted, or not by
-            this method, ranks that they cannot have; all of them named, and the model left as it
-            was.
+            this method, ranks that they cannot have; all of them named, and the model unchanged.
     """
     modules = dict(model.named_modules())
-    problems = setting_problems(modules, settings)
-    if not blank:
-        problems += _without_originals(settings, originals or {})
+    starts = {} if for_loading else _starts(layers)
+    weights = unquantized_weights or {}
+    problems = config_problems(modules, layers)
+    problems += _missing_weights(layers, [path for path in starts if path not in weights])
     if problems:
         raise InputError("; ".join(problems))
-    before = count_parameters(model)
+    counts_before = count_parameters(model)
     model.freeze()
     _hold_statistics(modules.values(), hold=True)
-    keys = mx.random.split(mx.random.key(seed), max(len(settings), 1))
-    layers = [
-        (path, _adapt(modules[path], setting, dropout, key))
-        for (path, setting), key in zip(settings.items(), keys, strict=False)
+    keys = mx.random.split(mx.random.key(seed), max(len(layers), 1))
+    adapted = [
+        (path, _adapt(modules[path], config, dropout, key))
+        for (path, config), key in zip(layers.items(), keys, strict=False)
     ]
-    if not blank:
-        for path, layer in layers:
-            start = METHODS[settings[path].method].start_from_original
-            if start is not None:
-                start(layer, (originals or {})[path])
-    model.update_modules(tree_unflatten(layers))
+    for path, layer in adapted:
+        if path in starts:
+            starts[path](layer, weights[path])
+    model.update_modules(tree_unflatten(adapted))
     if report is not None:
-        report(_counts("before", *before))
-        report(_counts("after", *count_parameters(model)))
+        report(_counts_text("before", *counts_before))
+        report(_counts_text("after", *count_parameters(model)))
 
 
 def detach(model: nn.Module) -> None:
@@ -120,135 +82,55 @@ def detach(model: nn.Module) -> None:
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The LoRA layers of a model with their paths, in the model's order."""
-    found = [(p, m) for p, m in model.named_modules() if isinstance(m, LoRALayer)]
-    return sorted(found, key=lambda item: natural_key(item[0]))
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALayer)]
+    return sorted(layers, key=lambda item: natural_key(item[0]))
 
 
 def merge_all(model: nn.Module) -> int:
-    """Fold every adapter in for inference; returns the bytes held for it, see `LoRALayer.merge`."""
+    """Merge every LoRA layer, for faster inference; returns the bytes that this takes."""
     return sum(layer.merge() for _, layer in lora_layers(model))
 
 
 def unmerge_all(model: nn.Module) -> None:
-    """Run every base and adapter apart again, the bases bit for bit as ever."""
+    """Run every base and update separately again."""
     for _, layer in lora_layers(model):
         layer.unmerge()
 
 
-def setting_of(layer: LoRALayer) -> LayerConfig:
-    """The setting that made a layer."""
-    parts = getattr(layer, "parts", None)
-    return LayerConfig(layer.rank, layer.alpha, layer.method, layer.kind, parts)
-
-
-def resolve_kind(module: nn.Module | None, setting: LayerConfig) -> LayerKind | None:
-    """The kind that a setting takes a module for, or `None` if there is nothing to adapt."""
-    kind = kind_of(module, setting.parts)
-    if kind is EMBEDDING:
-        others = {other.name: other for other in (EMBEDDING_COLUMNS, EMBEDDING_INPUT)}
-        kind = others.get(setting.kind or "", kind)
-    merge_first = METHODS[setting.method].merge_first or setting.kind == WEIGHT.name
-    return WEIGHT if merge_first and kind not in (None, VECTOR) else kind
-
-
-def largest_rank(module: nn.Module, setting: LayerConfig) -> int:
-    """The highest rank that a module can have under a setting's method."""
-    kind = resolve_kind(module, setting)
-    if kind is None or not METHODS[setting.method].ranked:
-        return 1
-    return kind.largest_rank(module)
-
-
-def setting_problems(
-    modules: Mapping[str, nn.Module], settings: Mapping[str, LayerConfig]
-) -> list[str]:
-    """What is wrong with adapting a model so, in words; each cause once, with all its layers."""
-    causes: dict[tuple[str, str], list[str]] = {}
-    for path, setting in settings.items():
-        for before, name, after in _problems(path, modules.get(path), setting):
-            causes.setdefault((before, after), []).append(name)
-    return [before + ", ".join(names) + after for (before, after), names in causes.items()]
-
-
-def _problems(
-    path: str, module: nn.Module | None, setting: LayerConfig
-) -> Iterator[tuple[str, str, str]]:
-    """(what, layer, what is allowed) of each problem."""
-    if setting.method not in METHODS:
-        yield f"unknown method {setting.method!r} for ", path, f": there are {', '.join(METHODS)}"
-        return
-    if not path or module is None or kind_of(module) is None:
-        yield "the model has no adaptable layer ", path or "'' (the model itself)", ""
-        return
-    if setting.parts is not None and (bad := list(_parts_problems(path, module, setting.parts))):
-        yield from bad
-        return
-    kind = resolve_kind(module, setting)
-    assert kind is not None
-    if setting.kind not in (None, kind.name):
-        yield f"not of kind {setting.kind}: ", f"{path} ({kind.name})", ""
-    method, largest = METHODS[setting.method], largest_rank(module, setting)
-    if kind.name not in method.kinds:
-        allowed = f", only on {', '.join(method.kinds)}"
-        yield f"{setting.method} is not defined on ", f"{path} ({kind.name})", allowed
-    elif method.needs_bias and "bias" not in module:
-        yield "there is no bias to train in ", path, ""
-    elif method.start_from_original and not is_quantized(module):
-        what = f"{setting.method} undoes the rounding of quantized layers, and there is none in "
-        yield what, path, ""
-    elif not 0 < setting.rank <= largest:
-        yield f"rank {setting.rank} for ", path, f": give 1 to {largest}"
-    elif not math.isfinite(setting.alpha) or (setting.alpha <= 0 and method.divides_by_scale):
-        yield f"alpha {setting.alpha} for ", path, f": {setting.method} needs one above 0"
-
-
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters of a model; a quantized weight counts as what it stands for."""
+    """(trained, all) parameters of a model; a quantized weight counts as before quantization."""
     trained = sum(array.size for array in dict(tree_flatten(model.trainable_parameters())).values())
-    total = 0
-    for _, module in model.named_modules():
-        # Names with a leading underscore are constants such as rotary frequencies.
-        own = sum(
-            array.size
-            for name, array in module.items()
-            if isinstance(array, mx.array) and not name.startswith("_")
-        )
-        if hasattr(module, "bits") and "weight" in module:
-            bias = module["bias"].size if "bias" in module else 0
-            own = module.weight.size * 32 // module.bits + bias
-        total += own
-    return trained, total
+    return trained, sum(_parameters_of(module) for _, module in model.named_modules())
 
 
-def _parts_problems(
-    path: str, module: nn.Module, parts: FusedParts
-) -> Iterator[tuple[str, str, str]]:
-    if kind_of(module) is not LINEAR:
-        yield "only linear layers have parts, not ", path, ""
-        return
-    outputs = linear_dims(module)[1]
-    if parts.repeats * sum(parts.sizes) != outputs:
-        sizes = f"{parts.repeats} x ({' + '.join(map(str, parts.sizes))})"
-        yield f"parts of {sizes} outputs do not make up the {outputs} of ", path, ""
-    unknown = [name for name in parts.enabled if name not in parts.names]
-    if len(set(parts.enabled)) < len(parts.enabled):
-        yield f"parts named twice among {', '.join(parts.enabled)} in ", path, ""
-    if unknown or not parts.enabled:
-        allowed = f": there are {', '.join(parts.names)}"
-        yield f"no part {', '.join(unknown) or 'chosen'} in ", path, allowed
+def _parameters_of(module: nn.Module) -> int:
+    """The number of parameters of a module, without those of the modules in it."""
+    if hasattr(module, "bits") and "weight" in module:
+        bias: int = module["bias"].size if "bias" in module else 0
+        size: int = module.weight.size * 32 // module.bits
+        return size + bias
+    # Names with a leading underscore are constants, such as rotary frequencies.
+    return sum(
+        array.size
+        for name, array in module.items()
+        if isinstance(array, mx.array) and not name.startswith("_")
+    )
 
 
-def _without_originals(
-    settings: Mapping[str, LayerConfig], originals: Mapping[str, mx.array]
-) -> list[str]:
-    lacking: dict[str, list[str]] = {}
-    for path, setting in settings.items():
-        method = METHODS.get(setting.method)
-        if method is not None and method.start_from_original and path not in originals:
-            lacking.setdefault(setting.method, []).append(path)
+def _starts(layers: Mapping[str, LayerConfig]) -> dict[str, Callable[[nn.Module, mx.array], None]]:
+    """How to initialize the layers whose method needs the weights before quantization, by path."""
+    methods = {path: METHODS.get(config.method) for path, config in layers.items()}
+    starts = {path: method.start_from_original for path, method in methods.items() if method}
+    return {path: start for path, start in starts.items() if start is not None}
+
+
+def _missing_weights(layers: Mapping[str, LayerConfig], missing: Iterable[str]) -> list[str]:
+    paths_of: dict[str, list[str]] = {}
+    for path in missing:
+        paths_of.setdefault(layers[path].method, []).append(path)
     return [
-        f"{name} needs the weights before quantization of {', '.join(paths)}"
-        for name, paths in lacking.items()
+        f"{method} needs the weights before quantization of {', '.join(paths)}"
+        for method, paths in paths_of.items()
     ]
 
 
@@ -259,31 +141,31 @@ def _hold_statistics(modules: Iterable[nn.Module], *, hold: bool) -> None:
             continue
         if hold:
             module.eval()
-            vars(module)["_set_training_mode"] = _stay
+            vars(module)["_set_training_mode"] = _keep_mode
         else:
             vars(module).pop("_set_training_mode", None)
 
 
-def _stay(mode: bool) -> None:
-    """What a held layer does instead of changing its mode."""
+def _keep_mode(mode: bool) -> None:
+    """What a held layer does when its mode is set: nothing."""
 
 
-def _counts(when: str, trained: int, total: int) -> str:
+def _counts_text(when: str, trained: int, total: int) -> str:
     return f"{when}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})"
 
 
-def _adapt(module: nn.Module, setting: LayerConfig, dropout: float, key: mx.array) -> nn.Module:
-    kind = resolve_kind(module, setting)
+def _adapt(module: nn.Module, config: LayerConfig, dropout: float, key: mx.array) -> nn.Module:
+    kind = resolve_kind(module, config)
     assert kind is not None
     layer = make_layer(
         module,
-        setting.rank,
+        config.rank,
         kind=kind,
-        method=setting.method,
-        alpha=setting.alpha,
+        method=config.method,
+        alpha=config.alpha,
         dropout=dropout,
         key=key,
     )
-    if setting.parts is not None:
-        layer.parts = setting.parts
+    if config.parts is not None:
+        layer.parts = config.parts
     return layer

@@ -8,7 +8,7 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-from graft.adapters.attach import LayerConfig
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 from graft.errors import InputError

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.attach import LayerConfig, attach, detach, lora_layers, setting_of
+from graft.adapters.attach import attach, detach, lora_layers
 from graft.adapters.factors import HALVES, INTERLEAVED, Adapter, guess_kind
 from graft.adapters.formats import detect, find_file, read_adapter
+from graft.adapters.layer_config import LayerConfig, config_of
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS, stored_rank
 from graft.adapters.rotary import reordered
@@ -215,7 +216,7 @@ def apply_adapter(
     problems = [f"the model has no layer {path}" for path in record.layers if path not in modules]
     if not problems:
         try:
-            attach(model, record.layers, dropout=record.dropout, blank=True)
+            attach(model, record.layers, dropout=record.dropout, for_loading=True)
         except InputError as error:
             problems = [str(error)]
         else:
@@ -252,7 +253,7 @@ def in_order_of(
 
 def layer_settings(model: nn.Module) -> dict[str, LayerConfig]:
     """Rank, alpha, method and kind of each adapted layer of a model."""
-    return {path: setting_of(layer) for path, layer in lora_layers(model)}
+    return {path: config_of(layer) for path, layer in lora_layers(model)}
 
 
 def check_suffix(path: Path) -> None:

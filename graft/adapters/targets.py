@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.adapters.attach import LayerConfig, setting_problems
 from graft.adapters.fused_projections import find_fused_parts
+from graft.adapters.layer_config import LayerConfig, config_problems
 from graft.adapters.layer_kinds import VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
 from graft.errors import InputError
@@ -110,7 +110,7 @@ def plan(
         for path, layer in chosen.items()
     }
     problems += rank_problems + alpha_problems
-    problems += setting_problems({path: layer.module for path, layer in chosen.items()}, settings)
+    problems += config_problems({path: layer.module for path, layer in chosen.items()}, settings)
     if problems:
         raise InputError("; ".join(problems))
     return settings

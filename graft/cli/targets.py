@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from graft.adapters.attach import LayerConfig, attach, count_parameters
+from graft.adapters.attach import attach, count_parameters
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import VECTOR
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import Candidate, candidates
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = [layer for layer in found if layer.parts is None]
     parts = {layer.path: layer.parts.names for layer in found if layer.parts is not None}
     total = count_parameters(model)[1]
-    attach(model, settings, blank=True)
+    attach(model, settings, for_loading=True)
     trained = {
         path: sum(array.size for array in dict(tree_flatten(layer.trainable_parameters())).values())
         for path, layer in model.named_modules()

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.adapters.attach import resolve_kind, setting_problems
 from graft.adapters.files import (
     AdapterRecord,
     LowRankFactors,
@@ -18,6 +17,7 @@ from graft.adapters.files import (
     load_adapter,
     low_rank_factors,
 )
+from graft.adapters.layer_config import config_problems, resolve_kind
 from graft.adapters.layer_kinds import (
     EMBEDDING,
     EMBEDDING_INPUT,
@@ -95,7 +95,7 @@ def make_factors(
     Raises:
         AdapterDoesNotFit: as for `read_factors`.
     """
-    problems = setting_problems(modules, record.layers) or _unmixable(modules, record)
+    problems = config_problems(modules, record.layers) or _unmixable(modules, record)
     layers: dict[str, tuple[Array, ...]] = {}
     if not problems:
         try:

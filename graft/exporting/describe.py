@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import guess_kind, products
 from graft.adapters.files import AdapterRecord, find_adapter, load_adapter
 from graft.adapters.formats import Adapter, detect
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.methods import METHODS
 from graft.cli.command import Parser, command
 from graft.pretrained.module_paths import natural_key

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.attach import lora_layers, resolve_kind, setting_of
+from graft.adapters.attach import lora_layers
 from graft.adapters.factors import INTERLEAVED
 from graft.adapters.files import AdapterRecord, apply_adapter
+from graft.adapters.layer_config import config_of, resolve_kind
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, EMBEDDING_INPUT
 from graft.adapters.methods import make_layer
 from graft.adapters.rotary import to_halves
@@ -221,7 +222,7 @@ def _over(base: nn.Module, layer: Any) -> Any:
 
     Made anew, since some methods keep numbers of the base's weight.
     """
-    setting = setting_of(layer)
+    setting = config_of(layer)
     kind = resolve_kind(base, setting)
     assert kind is not None
     twin: Any = make_layer(

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import EMBEDDING_NAMES, Product, from_products, products
 from graft.adapters.files import find_adapter, load_adapter
 from graft.adapters.formats import Adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.rotary import reordered
 from graft.adapters.svd import truncated_svd
 from graft.cli.command import Parser, command

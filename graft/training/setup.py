@@ -1,8 +1,8 @@
-"""Setting up a run from its options."""
+"""Sets up a run from its options: what is adapted, and from which weights it starts."""
 
 from collections.abc import Mapping
 
-from graft.adapters.attach import LayerConfig
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import parse_pattern, plan
 from graft.errors import InputError
@@ -16,10 +16,10 @@ import mlx.nn as nn
 
 
 def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
-    """`plan` by the options of a run.
+    """The configuration of each layer that a run adapts, by module path.
 
     Raises:
-        InputError: as for `plan`, or patterns that cannot be read.
+        InputError: as for `graft.adapters.targets.plan`, or patterns that cannot be parsed.
     """
     return plan(
         model,
@@ -33,23 +33,33 @@ def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
     )
 
 
-def read_originals(name: str | None, settings: Mapping[str, LayerConfig]) -> dict[str, mx.array]:
-    """The weights before quantization that LoftQ starts from, by module path; none without LoftQ.
+def read_unquantized_weights(
+    name: str | None, layers: Mapping[str, LayerConfig]
+) -> dict[str, mx.array]:
+    """The weights before quantization of the layers whose method needs them, by module path.
 
     Args:
         name: folder or Hub name of the model before quantization.
-        settings: what will be adapted.
+        layers: from module path to how the layer is adapted.
 
     Raises:
-        InputError: LoftQ without a name, or a model that is quantized too or lacks the layers.
+        InputError: a method needs the weights but there is no name, or the named model is quantized
+            too or lacks the layers.
     """
-    paths = [path for path, s in settings.items() if METHODS[s.method].start_from_original]
-    if not paths:
+    needed = {
+        path: config.method
+        for path, config in layers.items()
+        if METHODS[config.method].start_from_original
+    }
+    if not needed:
         return {}
     if name is None:
-        raise InputError("--method loftq needs --original-model, the model before quantization")
+        methods = ", ".join(sorted(set(needed.values())))
+        raise InputError(
+            f"--method {methods} needs --original-model, the model before quantization"
+        )
     modules = dict(read_model(find_folder(name))[0].named_modules())
-    bad = [path for path in paths if path not in modules or is_quantized(modules[path])]
+    bad = [path for path in needed if path not in modules or is_quantized(modules[path])]
     if bad:
-        raise InputError(f"--original-model {name} has no whole weight of {', '.join(bad)}")
-    return {path: modules[path].weight for path in paths}
+        raise InputError(f"--original-model {name} has no unquantized weight of {', '.join(bad)}")
+    return {path: modules[path].weight for path in needed}

@@ -1,5 +1,6 @@
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, count_parameters, detach, lora_layers
+from graft.adapters.attach import attach, count_parameters, detach, lora_layers
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import block_paths, choose_layers
 from graft.errors import InputError
 from models import LoRALinear

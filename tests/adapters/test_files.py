@@ -5,7 +5,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters import files as adapters
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.files import (
     RECORD_NAME,
     AdapterRecord,
@@ -17,6 +17,7 @@ from graft.adapters.files import (
     save_adapter,
     write_adapter,
 )
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.pretrained.load import read_model

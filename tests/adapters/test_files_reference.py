@@ -61,7 +61,7 @@ def test_a_run_folder_loads_in_mlx_lm_as_it_is(
     if not bits and method == "loftq":
         pytest.skip("LoftQ is for quantized bases")
     ours = build(config, bits)
-    attach(ours, plan(ours, targets, rank=4, alpha=6.0, method=method), blank=True)
+    attach(ours, plan(ours, targets, rank=4, alpha=6.0, method=method), for_loading=True)
     for number, (_, layer) in enumerate(lora_layers(ours)):
         for name in layer.tensors():
             noise = mx.random.normal(layer[name].shape, key=mx.random.key(number))

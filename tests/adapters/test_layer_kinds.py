@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
+from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import LAYER_KINDS, LINEAR, VECTOR, FusedParts, kind_of
 from graft.adapters.targets import plan
 from graft.errors import InputError

@@ -7,8 +7,9 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.adapted_layer import MethodFormula
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.method_names import method_names
 from graft.adapters.methods import METHODS, Method, register_method
 from graft.adapters.methods.loftq import loftq_start
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
 def adapt(base: nn.Module, method: str, *, rank: int = 4, alpha: float = 6.0) -> Any:
     model = Model(base)
-    attach(model, {"layers.0": LayerConfig(rank, alpha, method)}, blank=True)
+    attach(model, {"layers.0": LayerConfig(rank, alpha, method)}, for_loading=True)
     return model.layers[0]
 
 
@@ -238,7 +239,7 @@ def test_loftq_is_the_best_correction_of_the_rounding_that_its_rank_allows(bits:
 
 
 def test_loftq_over_a_whole_layer_is_refused() -> None:
-    with pytest.raises(InputError, match=r"rounding of quantized layers.*layers\.0"):
+    with pytest.raises(InputError, match=r"needs quantized layers.*layers\.0"):
         adapt(linear(), "loftq")
 
 
@@ -323,7 +324,7 @@ def start(method: str) -> tuple[nn.Module, UpdateStep]:
     model = make_model(QWEN2)
     nn.quantize(model, group_size=32, bits=4)
     targets = "q_proj,down_proj,embed_tokens" if method in ("full", "pissa", "vera") else None
-    attach(model, plan(model, targets, rank=4, method=method), seed=1, blank=True)
+    attach(model, plan(model, targets, rank=4, method=method), seed=1, for_loading=True)
     optimizer = make_optimizer("adamw")
     step = UpdateStep(model, token_loss, optimizer, grad_clip=1.0)
     set_learning_rate(optimizer, 3e-3, lora_plus_ratio=2.0)

@@ -4,7 +4,8 @@ import warnings
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach
+from graft.adapters.attach import attach
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS
 from models import dense_weight
 
@@ -211,7 +212,7 @@ def test_loftq_s_start_equals_peft() -> None:
     attach(
         ours,
         {"layer": LayerConfig(RANK, ALPHA, "loftq")},
-        originals={"layer": whole.weight},
+        unquantized_weights={"layer": whole.weight},
     )
     rounding = np.array(whole.weight - dense_weight(ours.layer.base))
     halves = _low_rank_decomposition(torch.tensor(rounding), reduced_rank=RANK)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, count_parameters, lora_layers
+from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import parse_pattern, plan
@@ -218,7 +219,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         f"rank 40 for {BLOCK}.self_attn.k_proj: give 1 to 32",
         "dora is not defined on",
         f"{BLOCK}.input_layernorm (vector)",
-        "model.norm (vector), only on linear, embedding, conv",
+        "model.norm (vector): only on linear, embedding, conv",
     ):
         assert part in said, part
 

@@ -7,7 +7,7 @@ import copy
 import gc
 from typing import Any
 
-from graft.adapters.attach import LayerConfig
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.engine.adapter_bank import AdapterBank, ScaledAdapters
 from graft.engine.adapter_factors import BankFactors, make_factors

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, write_adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.rotary import interleave
 from graft.engine.adapter_factors import (
     BankFactors,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.exporting import adapter as exporting
 
 import mlx.core as mx

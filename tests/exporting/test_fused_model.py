@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.files import AdapterRecord, adapter_tensors, layer_settings
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.errors import InputError
 from graft.exporting.fused_model import Fusion, quantized_bits, write_fused_model

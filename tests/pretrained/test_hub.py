@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig
 from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.pretrained.hub import is_repo_name
 
 import mlx.core as mx

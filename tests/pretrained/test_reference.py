@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import choose_layers
 from graft.data.batches import Batch, pad
 from graft.data.examples import tokenize_rows

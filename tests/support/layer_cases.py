@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach
+from graft.adapters.attach import attach
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
+from graft.adapters.layer_config import LayerConfig
 from graft.errors import InputError
 from graft.training.grad_checkpoint import checkpoint_blocks
 

@@ -5,7 +5,7 @@ import graft  # noqa: F401
 from graft.adapters.attach import attach
 from graft.adapters.targets import plan
 from graft.errors import InputError
-from graft.training.setup import read_originals
+from graft.training.setup import read_unquantized_weights
 
 import mlx.core as mx
 import pytest
@@ -45,7 +45,7 @@ def test_loftq_needs_the_model_before_quantization(original: str | None, tmp_pat
     settings = plan(model, "q_proj", method="loftq")
     name = None if original is None else str(tmp_path / original)
     with pytest.raises(InputError, match="--original-model"):
-        read_originals(name, settings)
+        read_unquantized_weights(name, settings)
     with pytest.raises(InputError, match=r"before quantization of model\.layers\.0"):
         attach(model, settings)
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import lora
-from graft.adapters.attach import LayerConfig, attach
+from graft.adapters.attach import attach
+from graft.adapters.layer_config import LayerConfig
 from graft.data.batches import TrainingBatches
 from graft.data.examples import Example
 from graft.runtime import cpu as backend

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import (
     Adapter,
     Product,
@@ -21,6 +20,7 @@ from graft.adapters.factors import (
     paired,
     products,
 )
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.rotary import reordered
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseModel

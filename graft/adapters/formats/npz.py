@@ -9,7 +9,6 @@ Reference: https://github.com/ml-explore/mlx-examples/tree/main/lora
 import re
 from pathlib import Path
 
-from graft.adapters.attach import LayerConfig
 from graft.adapters.factors import (
     INTERLEAVED,
     Adapter,
@@ -19,6 +18,7 @@ from graft.adapters.factors import (
     guess_kind,
     paired,
 )
+from graft.adapters.layer_config import LayerConfig
 from graft.errors import InputError
 from graft.storage.tensor_file import read_tensor_file
 

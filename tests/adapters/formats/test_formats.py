@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.factors import HALVES, INTERLEAVED, Product, from_products, products
 from graft.adapters.files import AdapterRecord, apply_adapter, load_adapter, write_adapter
 from graft.adapters.formats import WRITERS, Adapter, detect, find_file, read_adapter
 from graft.adapters.formats.gguf import read_header
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.rotary import interleave, to_halves
 from graft.adapters.targets import plan

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.attach import LayerConfig, attach, lora_layers
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.files import AdapterRecord, apply_adapter, layer_settings, load_adapter
 from graft.adapters.formats import WRITERS, Adapter
+from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import plan
 from graft.pretrained.base_config import BaseModel
 
