@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
-from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.attach import count_parameters, lora_layers
 from graft.adapters.files import (
     AdapterRecord,
     apply_adapter,
@@ -49,7 +49,7 @@ from graft.training.packing import find_capacity, forward
 from graft.training.progress import Progress, Window
 from graft.training.reporters import REPORTERS
 from graft.training.run_folder import RunFiles, check_options, check_same
-from graft.training.setup import plan_run, read_unquantized_weights
+from graft.training.setup import attach_new_adapter
 from graft.training.step import StepResult, UpdateStep
 from graft.training.supervisor import is_supervised, supervise_run
 
@@ -390,14 +390,7 @@ def start_adapter(model: nn.Module, options: Options) -> AdapterRecord:
         apply_adapter(model, tensors, record, name=name)
         print(f"starting from {name}, with its layers, ranks and alphas")
     else:
-        settings = plan_run(model, options)
-        attach(
-            model,
-            settings,
-            dropout=options.dropout,
-            seed=options.seed,
-            unquantized_weights=read_unquantized_weights(options.original_model, settings),
-        )
+        attach_new_adapter(model, options)
     if not options.whole_logits:
         avoid_whole_logits(model)
     trained, total = count_parameters(model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from graft.adapters.attach import attach
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import parse_pattern, plan
@@ -13,6 +14,23 @@ from graft.training.options import DEFAULT_ALPHA, Options
 
 import mlx.core as mx
 import mlx.nn as nn
+
+
+def attach_new_adapter(model: nn.Module, options: Options) -> None:
+    """Attach the untrained adapter that a run starts from.
+
+    Raises:
+        InputError: as for `plan_run` and `read_unquantized_weights`.
+    """
+    layers = plan_run(model, options)
+    weights = read_unquantized_weights(options.original_model, layers)
+    attach(
+        model,
+        layers,
+        dropout=options.dropout,
+        seed=options.seed,
+        unquantized_weights=weights,
+    )
 
 
 def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
