@@ -63,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-prompt-tokens",
         type=count,
         metavar="N",
-        help="longest prompt accepted (default: the model's context)",
+        help="most tokens in a prompt (default: the model's context)",
     )
-    add("--max-tokens", "-n", type=count, default=4096, metavar="N", help="longest answer allowed")
+    add("--max-tokens", type=count, default=4096, metavar="N", help="most tokens in an answer")
     add("--max-body-mb", type=count, default=4, metavar="N", help="largest request body, in MB")
     add(
         "--prompt-cache-mb",

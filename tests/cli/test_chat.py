@@ -1,11 +1,11 @@
-"""Talking: answers of the chosen adapters, commands, and plain lines from a pipe."""
+"""Chatting: answers of the chosen adapters, commands, and plain lines from a pipe."""
 
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.cli.chat import HELP, Talk, converse, main
+from graft.cli.chat import HELP, ChatSession, converse, main
 from graft.engine.engine import Engine
 from graft.errors import InputError
 from graft.pretrained.load import load_model
@@ -44,9 +44,9 @@ def answer(engine: Engine, prompt: str, **scales: float) -> str:
 def test_answers_are_of_the_chosen_adapters_and_of_all_that_was_said(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Talk(engine, SETTINGS, system="Be brief.")
+    session = ChatSession(engine, SETTINGS, system="Be brief.")
     for line in ("/adapter one=-0.5 two", "Hello", "/base", "And?", "/new", "Hello"):
-        talk.take(line)
+        session.handle(line)
     printed = capsys.readouterr().out
     start = "System: Be brief.\nUser: Hello\nAssistant:"
     first = answer(engine, start, one=-0.5, two=1.0)
@@ -58,11 +58,11 @@ def test_answers_are_of_the_chosen_adapters_and_of_all_that_was_said(
 def test_comparing_answers_the_last_message_by_all(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Talk(engine, SETTINGS, form=r"Q: {}\nA:")
-    talk.take("What?")
-    talk.take("/adapter two=2")
+    session = ChatSession(engine, SETTINGS, prompt_format=r"Q: {}\nA:")
+    session.handle("What?")
+    session.handle("/adapter two=2")
     capsys.readouterr()
-    talk.take("/compare")
+    session.handle("/compare")
     again = capsys.readouterr().out
     expected = {
         "base": engine.generate("Q: What?\nA:", max_tokens=8).text,
@@ -71,19 +71,19 @@ def test_comparing_answers_the_last_message_by_all(
         "chosen": engine.generate("Q: What?\nA:", adapters={"two": 2}, max_tokens=8).text,
     }
     assert again == "".join(f"[{name}]\n{text}\n" for name, text in expected.items())
-    talk.take("/compare What?")
+    session.handle("/compare What?")
     assert capsys.readouterr().out == again
 
 
 def test_comparing_leaves_the_conversation_as_it_was(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk, other = Talk(engine, SETTINGS), Talk(engine, SETTINGS)
+    session, other = ChatSession(engine, SETTINGS), ChatSession(engine, SETTINGS)
     for line in ("Hello", "/compare", "/compare Other?", "And?"):
-        talk.take(line)
+        session.handle(line)
     compared = capsys.readouterr().out
     for line in ("Hello", "And?"):
-        other.take(line)
+        other.handle(line)
     plain = capsys.readouterr().out
     first = answer(engine, "User: Hello\nAssistant:")
     assert compared.startswith(f"{first}\n[base]\n{first}\n[one]\n")
@@ -93,26 +93,27 @@ def test_comparing_leaves_the_conversation_as_it_was(
 def test_adapters_are_listed_loaded_and_unloaded(
     engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Talk(engine, SETTINGS)
-    talk.take(f"/load three {folder / 'adapters' / 'two'}")
-    talk.take("/adapter one=0.25 three")
-    talk.take("/unload three")
-    talk.take("/adapters")
+    session = ChatSession(engine, SETTINGS)
+    session.handle(f"/load three {folder / 'adapters' / 'two'}")
+    session.handle("/adapter one=0.25 three")
+    session.handle("/unload three")
+    session.handle("/adapters")
     said = "one: rank 8, 21 layers, chosen at 0.25\ntwo: rank 8, 21 layers\n"
     assert capsys.readouterr().out == said
-    talk.take("/base")
-    talk.take("/adapters")
-    assert capsys.readouterr().out.endswith("two: rank 8, 21 layers\nthe base answers\n")
+    session.handle("/base")
+    session.handle("/adapters")
+    said = "two: rank 8, 21 layers\nno adapter is chosen: the base model answers\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("/adaptor one", "no command /adaptor; there are /adapter, /base"),
-        ("/adapter one three four=2", "no adapter three, four; there are one, two"),
-        ("/adapter one=much", "one=much: the scale 'much' is no number"),
-        ("/compare", "no message to compare"),
-        ("/load three", "/load takes a name and a path"),
+        ("/adaptor one", "unknown command /adaptor; the commands are /adapter, /base"),
+        ("/adapter one three four=2", "no adapter three, four; loaded: one, two"),
+        ("/adapter one=much", "one=much: the scale 'much' is not a number"),
+        ("/compare", "no message to answer yet"),
+        ("/load three", "/load needs a name and a path"),
         ("/load three nowhere", "no adapter at nowhere"),
         ("/unload three", "no adapter 'three'"),
         ("Hello " * 600, "shorten it to 512"),
@@ -121,14 +122,14 @@ def test_adapters_are_listed_loaded_and_unloaded(
 def test_what_goes_wrong_is_said_and_the_person_may_go_on(
     engine: Engine, line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Talk(engine, SETTINGS)
-    talk.take("/adapter one")
-    converse(talk, ["", line, "/help", "/quit", "/nothing"])
+    session = ChatSession(engine, SETTINGS)
+    session.handle("/adapter one")
+    converse(session, ["", line, "/help", "/quit", "/nothing"])
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and said in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == HELP + "\n"
-    assert talk.chosen == {"one": 1.0}
+    assert session.chosen == {"one": 1.0}
 
 
 def test_lines_of_a_pipe_are_messages_and_only_answers_are_printed(
@@ -152,7 +153,7 @@ def test_lines_of_a_pipe_are_messages_and_only_answers_are_printed(
     "options, line, said",
     [
         (["--format", "Q: A:"], "", "--format 'Q: A:' has no {}"),
-        (["--adapter", "three"], "", "no adapter three; there are one, two"),
+        (["--adapter", "three"], "", "no adapter three; loaded: one, two"),
         (["--temp", "-1"], "Hello", "temperature -1.0 must be 0 or more"),
         ([], "/adapter three", "no adapter three"),
     ],
@@ -175,7 +176,7 @@ def test_a_pipe_ends_at_the_first_error(
 def test_an_interrupted_answer_is_cancelled_and_kept(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Talk(engine, {"max_tokens": 400})
+    session = ChatSession(engine, {"max_tokens": 400})
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     streams = []
     submit = engine.submit
@@ -195,7 +196,7 @@ def test_an_interrupted_answer_is_cancelled_and_kept(
         return stream
 
     monkeypatch.setattr(engine, "submit", interrupting)
-    talk.take("Hello")
+    session.handle("Hello")
     assert capsys.readouterr().out.endswith("\n")
     streams[0].get = type(streams[0]).get.__get__(streams[0])
     list(streams[0])
@@ -204,4 +205,4 @@ def test_an_interrupted_answer_is_cancelled_and_kept(
 
 def test_bad_input_of_a_message_is_no_traceback(engine: Engine) -> None:
     with pytest.raises(InputError, match="max_tokens -1"):
-        Talk(engine, {"max_tokens": -1}).take("Hello")
+        ChatSession(engine, {"max_tokens": -1}).handle("Hello")
