@@ -92,13 +92,13 @@ def fuse_checked(
             limit=limit,
             room_bytes=math.inf if max_kl is not None else (1 + MAX_GROWTH) * before - after,
         )
-        allocator.seen = compared(sample, folder, fusion)
+        allocator.comparison = compared(sample, folder, fusion)
         for allocation in allocator:
             (folder / WEIGHTS).unlink()
             fusion = replace(fusion, more_bits=allocation.more_bits, prepared=allocation.prepared)
             before, after = write_fused_model(fusion, folder)
-            allocator.seen = compared(sample, folder, fusion)
-    return FusionResult(allocator.seen, fusion.more_bits, before, after, limit)
+            allocator.comparison = compared(sample, folder, fusion)
+    return FusionResult(allocator.comparison, fusion.more_bits, before, after, limit)
 
 
 def compared(sample: Sample, folder: Path, fusion: Fusion) -> Comparison:

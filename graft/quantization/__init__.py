@@ -1,1 +1,1 @@
-"""Rounding weights so that outputs stay."""
+"""Chooses bits, rounds weights, and measures what rounding costs."""

@@ -1,7 +1,7 @@
-"""What is done for layers that lose the adapter when they are rounded: care, then more bits.
+"""Allocates bits to layers until a quantized model is close enough to the model before rounding.
 
-Care is rounding with regard to a layer's inputs (`graft.quantization.gptq`), which costs no bits.
-More bits go first where they save most divergence a byte.
+The first measure is GPTQ (`graft.quantization.gptq`), which rounds better at the same size. If that
+is not enough, layers get more bits, first where these reduce the divergence most per byte.
 """
 
 import math
@@ -24,17 +24,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-# Each layer's part in the divergence is measured on one batch of so many.
+# The divergence of each layer is measured on one of every `SHARE` batches.
 SHARE = 4
 
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """How single layers of a fused model are quantized, where they are not quantized plainly.
+    """The layers of a fused model that differ from plain rounding at its default bits.
 
     Attributes:
-        more_bits: bits of layers by path, `WHOLE` for none.
-        prepared: files with the quantized arrays of layers, by path.
+        more_bits: from path to bits; `WHOLE` leaves a layer unquantized.
+        prepared: from path to a file with the layer's quantized arrays.
     """
 
     more_bits: Mapping[str, int] = field(default_factory=dict)
@@ -42,19 +42,20 @@ class BitAllocation:
 
 
 class BitAllocator:
-    """Better and better allocations for one adapter, an iterator; each is better by what was seen.
+    """Iterates over allocations, each chosen by how far the last one was from the adapter.
 
     Args:
-        model: with the adapter; it is as before after each step.
-        bits: of the layers that are quantized anew.
-        sample: of the adapter, to measure by.
-        calibration: other text, to take the layers' inputs from.
+        model: the base model with the adapter attached; it is restored after each step.
+        bits: from the path of each layer that fusing quantizes to its bits.
+        sample: the adapter's outputs on sample text, to measure against.
+        calibration: other text, for the inputs of the layers.
         scratch: a folder for quantized layers.
-        limit: the divergence aimed at, in nats a token.
-        room_bytes: by how much the model may grow.
+        limit: the largest acceptable divergence, in nats per token.
+        room_bytes: the number of bytes that the model may grow by.
 
     Attributes:
-        seen: the comparison of the last model written, to be set before the next is asked for.
+        comparison: how the model with the last allocation compares with the adapter. Set it before
+            asking for the first allocation, and after each one.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class BitAllocator:
         self.scratch = scratch
         self.limit = limit
         self.room_bytes = room_bytes
-        self.seen: Comparison | None = None
+        self.comparison: Comparison | None = None
 
     def __iter__(self) -> Iterator[BitAllocation]:
-        """Yield allocations until the last one seen is within the limit, or nothing more helps."""
+        """Yield allocations until the comparison is within the limit or no layer can improve."""
         if not self.bits or self._kl() <= self.limit:
             return
         prepared = self.prepare(self.bits)
@@ -91,19 +92,19 @@ class BitAllocator:
         twins = ((p, self.twin(p, bits, prepared.get(p))) for p, bits in self.bits.items())
         divergences = layer_divergences(self.sample.part(SHARE), self.model, twins)
         sizes = {path: math.prod(weight_shape(_base(self.layers[path]))) for path in self.bits}
-        # What the sum predicts and what is seen differ by the way errors meet.
+        # Errors partly cancel or add up, so their sum differs from the measured divergence.
         budget = self.limit * min(1.0, sum(divergences.values()) / self._kl())
         choose = partial(choose_bits, divergences, sizes, self.bits, room_bytes=self.room_bytes)
-        chosen, most = dict(self.bits), choose(budget=0.0)
+        chosen, maximum = dict(self.bits), choose(budget=0.0)
         more: dict[str, int] = {}
-        while chosen != most:
-            before, chosen = chosen, choose(budget=budget)
-            if chosen == before:
+        while chosen != maximum:
+            previous, chosen = chosen, choose(budget=budget)
+            if chosen == previous:
                 budget /= 2
                 continue
-            now = {path: bits for path, bits in chosen.items() if bits != self.bits[path]}
-            changed = {p: bits for p, bits in now.items() if bits != more.get(p)}
-            more = now
+            raised = {path: bits for path, bits in chosen.items() if bits != self.bits[path]}
+            changed = {p: bits for p, bits in raised.items() if bits != more.get(p)}
+            more = raised
             prepared = {p: f for p, f in prepared.items() if more.get(p) != WHOLE}
             prepared |= self.prepare({p: bits for p, bits in changed.items() if bits != WHOLE})
             yield BitAllocation(more, prepared)
@@ -112,61 +113,61 @@ class BitAllocator:
             budget *= 0.9 * self.limit / self._kl()
 
     def _kl(self) -> float:
-        assert self.seen is not None
-        return self.seen.kl
+        assert self.comparison is not None
+        return self.comparison.kl
 
     def prepare(self, bits: Mapping[str, int]) -> dict[str, Path]:
-        """Quantize linear layers with regard to their inputs, each into a file; others wait."""
+        """Quantize linear layers with GPTQ; returns the file of each. Other kinds are left out."""
         inputs = {
             path: weight_shape(base)[1]
             for path, base in ((path, _base(self.layers[path])) for path in bits)
             if kind_of(base) is LINEAR and settings_like(base, bits[path])["mode"] == "affine"
         }
-        found = {}
+        files = {}
         for path, gram in grams(self.model, self.calibration, inputs):
             layer = self.layers[path]
             settings = settings_like(_base(layer), bits[path])
             size = settings["group_size"]
             weight = _whole(layer).weight
             arrays = quantize_for(weight, gram, group_size=size, bits=settings["bits"])
-            found[path] = self.scratch / f"{path}-{bits[path]}.safetensors"
-            mx.save_safetensors(str(found[path]), arrays)
-        return found
+            files[path] = self.scratch / f"{path}-{bits[path]}.safetensors"
+            mx.save_safetensors(str(files[path]), arrays)
+        return files
 
     def twin(self, path: str, bits: int, file: Path | None) -> nn.Module:
-        """A layer fused and quantized, from its file if there is one."""
+        """A layer with its adapter fused, quantized; from its file if it has one."""
         layer = self.layers[path]
         twin: nn.Module = _whole(layer).to_quantized(**settings_like(_base(layer), bits))
         return twin if file is None else with_arrays(twin, load_safetensors(file))
 
 
 def _base(layer: Any) -> nn.Module:
-    """The layer under the adapter, or the layer itself where there is none."""
+    """The layer under the adapter, or the layer itself if it has none."""
     return layer.base if isinstance(layer, LoRALayer) else layer
 
 
 def _whole(layer: Any) -> Any:
-    """The layer with its adapter inside, if it has one, and without any rounding."""
+    """The unquantized layer, with its adapter fused if it has one."""
     return layer.fuse(dequantize=True) if isinstance(layer, LoRALayer) else dense_layer(layer)
 
 
 def layer_divergences(
     sample: Sample, model: nn.Module, twins: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, float]:
-    """The divergence that each layer's twin causes alone, in place of the layer.
+    """The divergence that each layer alone causes when it is replaced by its quantized twin.
 
     Args:
-        sample: of `model`.
-        model: with the adapter; it is as before when this returns.
-        twins: from path to the layer that stands in, made one at a time.
+        sample: the outputs of `model`.
+        model: the model with the adapter; it is restored.
+        twins: pairs of a path and the replacement for that layer, made one at a time.
     """
-    found = {}
+    divergences = {}
     for path, twin in twins:
         layer = dict(model.named_modules())[path]
         model.update_modules(tree_unflatten([(path, twin)]))
-        found[path] = max(compare(sample, model).kl, 0.0)
+        divergences[path] = max(compare(sample, model).kl, 0.0)
         model.update_modules(tree_unflatten([(path, layer)]))
-    return found
+    return divergences
 
 
 def choose_bits(
@@ -177,25 +178,26 @@ def choose_bits(
     budget: float,
     room_bytes: float = math.inf,
 ) -> dict[str, int]:
-    """More bits where they do most, until the sum of the divergences is within a budget.
+    """Raise the bits of layers greedily until the sum of their divergences is within a budget.
 
-    Rounding errors of different layers add up nearly independently, and each bit more divides the
-    divergence by 4. So the next bits go to the layer where they save most divergence a byte.
+    The rounding errors of different layers are nearly independent, so their divergences add up, and
+    each further bit divides a layer's divergence by 4. The next bits therefore go to the layer
+    where they reduce the divergence most per byte.
 
     Args:
-        divergences: what each layer causes alone at its present bits.
-        sizes: weights of each layer.
-        bits: the present ones.
-        budget: for the sum.
-        room_bytes: by how much the model may grow.
+        divergences: the divergence that each layer alone causes at its current bits.
+        sizes: the number of weights of each layer.
+        bits: the current bits of each layer.
+        budget: the largest acceptable sum of divergences.
+        room_bytes: the number of bytes that the model may grow by.
     """
-    chosen, left = dict(bits), dict(divergences)
-    while sum(left.values()) > budget:
+    chosen, remaining = dict(bits), dict(divergences)
+    while sum(remaining.values()) > budget:
         after = {
             path: next_bits(chosen[path])
-            for path in left
+            for path in remaining
             if chosen[path] < WHOLE
-            and left[path] > 0
+            and remaining[path] > 0
             and _bytes(chosen[path], next_bits(chosen[path]), sizes[path]) <= room_bytes
         }
         if not after:
@@ -203,11 +205,11 @@ def choose_bits(
 
         def gain(path: str, after: Mapping[str, int] = after) -> float:
             more = after[path] - chosen[path]
-            return left[path] * (1 - 4.0**-more) / (more * sizes[path])
+            return remaining[path] * (1 - 4.0**-more) / (more * sizes[path])
 
         best = max(after, key=gain)
         room_bytes -= _bytes(chosen[best], after[best], sizes[best])
-        left[best] *= 0.0 if after[best] == WHOLE else 4.0 ** (chosen[best] - after[best])
+        remaining[best] *= 0.0 if after[best] == WHOLE else 4.0 ** (chosen[best] - after[best])
         chosen[best] = after[best]
     return chosen
 
@@ -217,5 +219,5 @@ def _bytes(before: int, after: int, weights: int) -> float:
 
 
 def next_bits(bits: int) -> int:
-    """The next number of bits that MLX can quantize to, or `WHOLE`."""
+    """The next higher number of bits that MLX supports, or `WHOLE`."""
     return next((more for more in BITS if more > bits), WHOLE)

@@ -1,7 +1,7 @@
-"""How far a fused model is from its adapter: KL divergence, agreement and loss on sample text.
+"""Compares two models on sample text: KL divergence, top-1 agreement and loss.
 
-Reference: the mean over tokens of KL(p || q) = sum p (log p - log q), where p is what the adapter
-gives and q what the fused model gives.
+The divergence is the mean over tokens of KL(p || q) = sum p (log p - log q), where p is the
+next-token distribution of the model with the adapter and q that of the fused model.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class Comparison:
     """Two models on the same tokens.
 
     Attributes:
-        kl: mean divergence of the fused model from the adapter, in nats a token.
-        agreement: share of tokens for which both hold the same token likeliest.
-        adapter_loss: mean cross-entropy of the adapter, in nats a token.
-        fused_loss: that of the fused model.
-        tokens: how many there were.
+        kl: the mean divergence of the fused model from the adapter, in nats per token.
+        agreement: the fraction of tokens for which both predict the same most likely token.
+        adapter_loss: the mean cross-entropy with the adapter, in nats per token.
+        fused_loss: the mean cross-entropy of the fused model, in nats per token.
+        tokens: the number of tokens compared.
     """
 
     kl: float
@@ -37,26 +37,26 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the adapter says on sample text, to be compared with.
+    """The log-probabilities of a model on sample text, kept on disk.
 
-    A vocabulary of 150,000 takes 0.6 MB a token, so what it says is kept on disk.
+    With a vocabulary of 150,000 they take 0.6 MB per token.
 
     Attributes:
-        batches: the text, a row each.
-        files: of the adapter's log-probabilities, for each batch (1, tokens, vocabulary), float32.
+        batches: the text, one row each.
+        files: the log-probabilities of each batch, (1, tokens, vocabulary), float32.
     """
 
     batches: Sequence[Batch]
     files: Sequence[Path]
 
     def part(self, share: int) -> "Sample":
-        """One batch of `share`, at least one: a sample that is sooner compared with."""
+        """A smaller sample: one of every `share` batches, at least one."""
         start = len(self.batches) // 2 % share
         return Sample(self.batches[start::share], self.files[start::share])
 
 
 def take_sample(model: nn.Module, examples: Sequence[Example], folder: Path) -> Sample:
-    """Run a model on sample text and keep what it says in a folder."""
+    """Run a model on sample text and write its log-probabilities to a folder."""
     batches = [pad(examples, rows) for rows in group_rows(examples, 1)]
     files = [folder / f"sample-{number}.npy" for number in range(len(batches))]
     for batch, file in zip(batches, files, strict=True):
@@ -65,16 +65,16 @@ def take_sample(model: nn.Module, examples: Sequence[Example], folder: Path) -> 
 
 
 def compare(sample: Sample, model: nn.Module) -> Comparison:
-    """Compare what a model says with a sample of another."""
+    """Compare a model with the sample of another one."""
     sums = mx.zeros(4)
     tokens = 0.0
     for batch, file in zip(sample.batches, sample.files, strict=True):
-        expected, found = cast(mx.array, mx.load(str(file))), _log_probs(model, batch)
+        expected, actual = cast(mx.array, mx.load(str(file))), _log_probs(model, batch)
         counts = mx.array(batch.loss_mask)
         targets = mx.array(batch.targets)[..., None]
-        divergence = (mx.exp(expected) * (expected - found)).sum(axis=-1)
-        same = expected.argmax(axis=-1) == found.argmax(axis=-1)
-        losses = [-mx.take_along_axis(p, targets, axis=-1)[..., 0] for p in (expected, found)]
+        divergence = (mx.exp(expected) * (expected - actual)).sum(axis=-1)
+        same = expected.argmax(axis=-1) == actual.argmax(axis=-1)
+        losses = [-mx.take_along_axis(p, targets, axis=-1)[..., 0] for p in (expected, actual)]
         sums = sums + mx.stack([(values * counts).sum() for values in (divergence, same, *losses)])
         mx.eval(sums)
         tokens += float(batch.loss_mask.sum())
@@ -84,6 +84,6 @@ def compare(sample: Sample, model: nn.Module) -> Comparison:
 
 def _log_probs(model: nn.Module, batch: Batch) -> mx.array:
     logits = model(mx.array(batch.inputs)).astype(mx.float32)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(found)
-    return found
+    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(log_probs)
+    return log_probs

@@ -1,7 +1,7 @@
-"""Quantizes a weight so that its outputs, not its entries, are near to what they were.
+"""GPTQ: quantizes a weight so that the layer's outputs, not the weight's entries, change little.
 
-The columns are rounded one after the other, and what each one loses is made up for by those that
-are still to come, as far as inputs of real text correlate:
+The columns are rounded one after another. The error of each column is compensated by the columns
+that follow, as far as the layer's inputs correlate:
 
     w_k' = w_k - e_j U_jk  for k > j,    e_j = (w_j - q_j) / U_jj,    U^T U = (X^T X)^-1
 
@@ -25,7 +25,7 @@ GRAM_BYTES = 1 << 28
 
 
 class _Recorder(nn.Module):
-    """Runs a layer and adds up the products of its inputs: X^T X, (inputs, inputs)."""
+    """Runs a layer and accumulates the Gram matrix of its inputs, X^T X, (inputs, inputs)."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()
@@ -41,10 +41,12 @@ class _Recorder(nn.Module):
 def grams(
     model: nn.Module, batches: Sequence[Batch], inputs: Mapping[str, int]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield X^T X of layers over some text, as many layers a pass as memory is set aside for.
+    """Yield the Gram matrix X^T X of each layer's inputs over some text.
+
+    A pass over the text covers as many layers as fit into `GRAM_BYTES`.
 
     Args:
-        model: to run; it is as before between passes.
+        model: the model to run; it is restored after each pass.
         batches: the text.
         inputs: from path to the layer's number of inputs.
     """
@@ -71,27 +73,27 @@ def quantize_for(
     """Packed weight, scales and biases of a linear layer, in MLX's affine mode.
 
     Args:
-        weight: (outputs, inputs).
-        gram: X^T X of its inputs, (inputs, inputs).
-        group_size: weights that share a scale and a bias.
-        bits: of each weight.
+        weight: the weight, (outputs, inputs).
+        gram: X^T X of the layer's inputs, (inputs, inputs).
+        group_size: the number of weights that share a scale and a bias.
+        bits: the bits per weight.
     """
-    left = np.array(weight.astype(mx.float32))
+    remaining = np.array(weight.astype(mx.float32))
     upper = _upper_of_inverse(gram)
-    codes = np.zeros(left.shape, np.uint8)
+    codes = np.zeros(remaining.shape, np.uint8)
     scales, biases = [], []
-    for start in range(0, left.shape[1], group_size):
+    for start in range(0, remaining.shape[1], group_size):
         stop = start + group_size
-        group = left[:, start:stop]
+        group = remaining[:, start:stop]
         _, scale, bias = mx.quantize(
             mx.array(group).astype(weight.dtype), group_size=group_size, bits=bits
         )
         scales.append(scale)
         biases.append(bias)
         steps = np.array(scale.astype(mx.float32))[:, 0], np.array(bias.astype(mx.float32))[:, 0]
-        own = upper[start:stop, start:stop]
-        codes[:, start:stop], errors = _round_group(group, own, *steps, largest=2**bits - 1)
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+        block = upper[start:stop, start:stop]
+        codes[:, start:stop], errors = _round_group(group, block, *steps, largest=2**bits - 1)
+        remaining[:, stop:] -= errors @ upper[start:stop, stop:]
     return {
         "weight": pack_codes(codes, bits),
         "scales": mx.concatenate(scales, axis=1),
@@ -107,7 +109,7 @@ def _round_group(
     *,
     largest: int,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes of a group's columns, and what each column lost over its diagonal entry."""
+    """The codes of a group's columns, and the error of each column over its diagonal entry."""
     codes, errors = np.zeros(group.shape, np.uint8), np.zeros_like(group)
     for column in range(group.shape[1]):
         wanted = group[:, column]
@@ -127,7 +129,7 @@ def _upper_of_inverse(gram: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> mx.array:
-    """Codes (rows, columns) as MLX packs them: a stream of bits a row, the lowest first."""
+    """Pack codes (rows, columns) like MLX: a stream of bits per row, the lowest bit first."""
     rows, columns = codes.shape
     stream = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(stream.reshape(rows, columns * bits), axis=1, bitorder="little")

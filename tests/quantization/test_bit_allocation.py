@@ -45,12 +45,12 @@ def test_bits_are_added_until_the_limit_holds_or_every_layer_is_whole(
     def run(*, enough: int) -> list[dict[str, int]]:
         """What is tried where nothing helps until so many layers have more bits."""
         allocator = BitAllocator(model, bits, limit=0.01, room_bytes=1e9, **settings)
-        allocator.seen = Comparison(0.01 * excess, 1, 0, 0, 1)
+        allocator.comparison = Comparison(0.01 * excess, 1, 0, 0, 1)
         tried = []
         for allocation in allocator:
             tried.append(dict(allocation.more_bits))
             if len(allocation.more_bits) >= enough:
-                allocator.seen = Comparison(0.009, 1, 0, 0, 1)
+                allocator.comparison = Comparison(0.009, 1, 0, 0, 1)
         return tried
 
     everything = run(enough=100)
