@@ -87,8 +87,10 @@ class BitAllocator:
             return
         prepared = self.prepare(self.bits)
         yield BitAllocation(prepared=prepared)
-        if self._kl() <= self.limit:
-            return
+        if self._kl() > self.limit:
+            yield from self._with_more_bits(prepared)
+
+    def _with_more_bits(self, prepared: Mapping[str, Path]) -> Iterator[BitAllocation]:
         twins = ((p, self.twin(p, bits, prepared.get(p))) for p, bits in self.bits.items())
         divergences = layer_divergences(self.sample.part(SHARE), self.model, twins)
         sizes = {path: math.prod(weight_shape(_base(self.layers[path]))) for path in self.bits}
@@ -96,21 +98,24 @@ class BitAllocator:
         budget = self.limit * min(1.0, sum(divergences.values()) / self._kl())
         choose = partial(choose_bits, divergences, sizes, self.bits, room_bytes=self.room_bytes)
         chosen, maximum = dict(self.bits), choose(budget=0.0)
-        more: dict[str, int] = {}
+        allocation = BitAllocation(prepared=prepared)
         while chosen != maximum:
             previous, chosen = chosen, choose(budget=budget)
             if chosen == previous:
                 budget /= 2
                 continue
-            raised = {path: bits for path, bits in chosen.items() if bits != self.bits[path]}
-            changed = {p: bits for p, bits in raised.items() if bits != more.get(p)}
-            more = raised
-            prepared = {p: f for p, f in prepared.items() if more.get(p) != WHOLE}
-            prepared |= self.prepare({p: bits for p, bits in changed.items() if bits != WHOLE})
-            yield BitAllocation(more, prepared)
+            allocation = self._raised(allocation, chosen)
+            yield allocation
             if self._kl() <= self.limit:
                 return
             budget *= 0.9 * self.limit / self._kl()
+
+    def _raised(self, allocation: BitAllocation, chosen: Mapping[str, int]) -> BitAllocation:
+        """The next allocation; only layers whose bits have changed are quantized again."""
+        more = {path: bits for path, bits in chosen.items() if bits != self.bits[path]}
+        changed = {p: b for p, b in more.items() if b not in (allocation.more_bits.get(p), WHOLE)}
+        kept = {p: file for p, file in allocation.prepared.items() if more.get(p) != WHOLE}
+        return BitAllocation(more, kept | self.prepare(changed))
 
     def _kl(self) -> float:
         assert self.comparison is not None
