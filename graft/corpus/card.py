@@ -71,24 +71,23 @@ Questions and answers from the documentation of {packages}: {rows} rows, built w
 
 Each text remains under the licence of its package.
 
-Each line of `train.jsonl`, `valid.jsonl` and `test.jsonl` is a JSON object with two fields. `text`
-is `Q: What is NAME in PACKAGE?`, a line break and `A: PATH DOCSTRING`. `source` names the origin:
-`{example}`.
+Each line of `train.jsonl`, `valid.jsonl` and `test.jsonl` is a JSON object with two fields.
+`text` is `Q: What is NAME in PACKAGE?`, a line break and `A: PATH DOCSTRING`.
+`source` names the origin: `{example}`.
 
 ## How it was made
 
-- Python sources and stubs were parsed, not executed (griffe {griffe}); compiled modules were
-  imported in separate processes (Python {python}, {system}).
-- Each public object with a docstring is one row, under its shortest public path. Objects that a
-  package imports from other packages are skipped. Signatures at the start of docstrings were
-  removed.
-- Texts longer than {max_chars} characters were cut at the end of a paragraph or sentence; this
-  shortened {shortened}.
-- Rows that ask the same question, ignoring case and underscores, are in the same split. So are
-  nearly equal answers: those that share {percent} of the words of the longer one, or {percent} of
-  the three-word sequences of the shorter one.
-- A hash of the seed and the path assigns rows to splits, so the same packages and seed produce the
-  same files.
+- Python sources and stubs were parsed, not executed (griffe {griffe}).
+- Compiled modules were imported in separate processes (Python {python}, {system}).
+- Each public object with a docstring is one row, under its shortest public path.
+- Objects that a package imports from other packages are skipped.
+- Signatures at the start of docstrings were removed.
+- {shortened} texts longer than {max_chars} characters were cut at a paragraph or sentence end.
+- Rows that ask the same question, ignoring case and underscores, are in the same split.
+- So are rows with nearly equal answers, which share {percent} of the words of the longer answer
+  or of the three-word sequences of the shorter one.
+- A hash of the seed and the path assigns rows to splits.
+- The same packages and seed produce the same files.
 
 ## Left out
 
