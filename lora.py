@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
+from graft.adapters.adapter import apply_adapter
 from graft.adapters.attach import count_parameters, lora_layers
 from graft.adapters.files import (
-    AdapterRecord,
-    apply_adapter,
-    layer_settings,
     load_adapter,
     save_adapter,
 )
@@ -175,7 +173,7 @@ class Run:
         plan: how rows are computed.
         progress: how far it is.
         files: where everything is kept.
-        record: describes the adapter.
+        record: what is recorded with the adapter, see `save_adapter`.
         fixed: fingerprints of model and data, by which a checkpoint knows its run.
         log: where to report.
         retraced: whether needless traces were told.
@@ -192,7 +190,7 @@ class Run:
     plan: Plan
     progress: Progress
     files: RunFiles
-    record: AdapterRecord
+    record: dict[str, Any]
     fixed: dict[str, Any]
     log: RunLog
     retraced: bool = False
@@ -270,7 +268,7 @@ def meet_bad_step(run: Run, batches: Sequence[Batch], result: StepResult) -> boo
     if progress.bad_steps < run.options.max_bad_steps:
         return False
     if progress.went_back:
-        save_adapter(run.files.adapter, run.model, run.record)
+        save_adapter(run.files.adapter, run.model, **run.record)
         raise RunError(
             f"{progress.bad_steps} steps in a row up to step {progress.step} were not finite, also "
             f"after going back with half the learning rate (the last: {seen}); "
@@ -329,12 +327,12 @@ def validate(run: Run) -> None:
     )
     run.log.evaluation(step, "valid", result)
     if step and run.progress.validated(result.loss):
-        save_adapter(run.files.best, run.model, run.record)
+        save_adapter(run.files.best, run.model, **run.record)
 
 
 def save(run: Run) -> None:
     """Keep the adapter, and a checkpoint to continue from unless the last step was bad."""
-    save_adapter(run.files.adapter, run.model, run.record)
+    save_adapter(run.files.adapter, run.model, **run.record)
     if run.progress.bad_steps == 0 or run.finished:
         save_checkpoint(run)
 
@@ -381,13 +379,12 @@ def generate(model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
     print(flush=True)
 
 
-def start_adapter(model: nn.Module, options: Options) -> AdapterRecord:
-    """Attach the adapter that is to be trained: a new one, or that of `--resume-adapter-file`."""
+def start_adapter(model: nn.Module, options: Options) -> dict[str, Any]:
+    """Attach the adapter to train, a new one or a loaded one; returns what is to be recorded."""
     if options.resume_adapter_file is not None:
         name = options.resume_adapter_file
-        tensors, record = load_adapter(Path(name), alpha=options.alpha)
-        record = replace(record, dropout=options.dropout)
-        apply_adapter(model, tensors, record, name=name)
+        adapter = load_adapter(Path(name), alpha=options.alpha)
+        apply_adapter(model, replace(adapter, dropout=options.dropout), name=name)
         print(f"starting from {name}, with its layers, ranks and alphas")
     else:
         attach_new_adapter(model, options)
@@ -398,9 +395,11 @@ def start_adapter(model: nn.Module, options: Options) -> AdapterRecord:
         f"adapter: {len(lora_layers(model))} layers, {trained:,} of {total:,} parameters "
         f"({trained / total:.2%}) are trained"
     )
-    return AdapterRecord(
-        layer_settings(model), options.model, options.dropout, run_options.record(options)
-    )
+    return {
+        "base_model": options.model,
+        "dropout": options.dropout,
+        "options": run_options.record(options),
+    }
 
 
 def use_adapter(model: nn.Module, options: Options) -> None:
@@ -411,10 +410,10 @@ def use_adapter(model: nn.Module, options: Options) -> None:
     elif options.adapter_file is None and not Path(name).is_file():
         print(f"no adapter at {name}: this is the base model", file=sys.stderr)
     else:
-        tensors, record = load_adapter(Path(name), alpha=options.alpha)
-        apply_adapter(model, tensors, record, name=name)
-        if record.base_model != options.model:
-            base = record.base_model or "the embedded base model"
+        adapter = load_adapter(Path(name), alpha=options.alpha)
+        apply_adapter(model, adapter, name=name)
+        if adapter.base_model != options.model:
+            base = adapter.base_model or "the embedded base model"
             print(f"note: {name} was trained on {base}", file=sys.stderr)
     if options.test and not options.whole_logits:
         avoid_whole_logits(model)

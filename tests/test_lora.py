@@ -125,7 +125,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def same_tensors(one: str, two: str) -> None:
-    first, second = load_adapter(Path(one))[0], load_adapter(Path(two))[0]
+    first, second = load_adapter(Path(one)).tensors, load_adapter(Path(two)).tensors
     assert first.keys() == second.keys()
     assert all(mx.array_equal(first[name], second[name]).item() for name in first)
 
@@ -191,8 +191,8 @@ class TestTraining:
     def test_another_seed_gives_another_adapter(self, here: Path) -> None:
         for seed in ("5", "6"):
             assert train("--seed", seed, "--adapter-file", f"{seed}/a.npz") == 0
-        one, _ = load_adapter(Path("5/a.npz"))
-        two, _ = load_adapter(Path("6/a.npz"))
+        one = load_adapter(Path("5/a.npz")).tensors
+        two = load_adapter(Path("6/a.npz")).tensors
         assert all(not mx.array_equal(one[name], two[name]).item() for name in one)
 
     def test_dropout_changes_training_repeatably_and_evaluation_not_at_all(
@@ -317,15 +317,15 @@ class TestFiles:
         best = name.replace("adapters", "adapters.best")
         wanted = [name, best, "adapter_config.json", "checkpoints", "metrics.jsonl", "run.yaml"]
         assert sorted(os.listdir("out")) == sorted(wanted)
-        tensors, record = load_adapter(Path("out", name))
-        assert sorted(tensors) == sorted(
-            f"{path}.{half}" for path in record.layers for half in ("lora_a", "lora_b")
+        adapter = load_adapter(Path("out", name))
+        assert sorted(adapter.tensors) == sorted(
+            f"{path}.{half}" for path in adapter.layers for half in ("lora_a", "lora_b")
         )
-        assert tensors["model.layers.0.self_attn.k_proj.lora_a"].shape == (64, 4)
-        assert tensors["model.layers.0.self_attn.k_proj.lora_b"].shape == (4, 32)
-        assert record.base_model == "whole"
-        assert {(s.rank, s.alpha) for s in record.layers.values()} == {(4, 6.0)}
-        assert record.options["learning_rate"] == 1e-2
+        assert adapter.tensors["model.layers.0.self_attn.k_proj.lora_a"].shape == (64, 4)
+        assert adapter.tensors["model.layers.0.self_attn.k_proj.lora_b"].shape == (4, 32)
+        assert adapter.base_model == "whole"
+        assert {(s.rank, s.alpha) for s in adapter.layers.values()} == {(4, 6.0)}
+        assert adapter.options["learning_rate"] == 1e-2
 
     def test_without_a_name_the_adapter_is_at_the_default_place(self, here: Path) -> None:
         assert train() == 0
@@ -417,9 +417,9 @@ class TestFiles:
         assert losses("two", step=0, kind="eval") == losses("one", step=3, kind="eval")
         assert losses("two", step=3, kind="eval") < losses("two", step=0, kind="eval")
         assert "starting from one/a.npz" in capsys.readouterr().out
-        record = load_adapter(Path("two/a.safetensors"))[1]
-        assert record.layers == load_adapter(Path("one/a.npz"))[1].layers
-        assert record.dropout == 0.25
+        adapter = load_adapter(Path("two/a.safetensors"))
+        assert adapter.layers == load_adapter(Path("one/a.npz")).layers
+        assert adapter.dropout == 0.25
 
     def test_an_adapter_can_be_resumed_in_its_own_place(self, here: Path) -> None:
         assert train() == 0
@@ -594,7 +594,7 @@ class TestOptions:
     def test_the_command_line_wins_over_a_config_file(self, here: Path) -> None:
         Path("run.yaml").write_text("train: true\niters: 2\nlearning-rate: 0.01\nrank: 4\n")
         assert run("--config", "run.yaml", "--rank", "2") == 0
-        _, record = load_adapter(Path("adapters/adapters.npz"))
+        record = load_adapter(Path("adapters/adapters.npz"))
         assert {setting.rank for setting in record.layers.values()} == {2}
         assert [m["step"] for m in metrics() if m["kind"] == "eval"] == [0, 2]
         assert record.options["learning_rate"] == 0.01
@@ -675,7 +675,7 @@ class TestInterruption:
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert train() == 0
-        before, _ = load_adapter(Path("adapters/adapters.npz"))
+        before = load_adapter(Path("adapters/adapters.npz")).tensors
 
         def crash(path: Path) -> None:
             raise KeyboardInterrupt
@@ -684,7 +684,7 @@ class TestInterruption:
         assert train() == 130
         monkeypatch.undo()
         os.chdir(here)
-        after, _ = load_adapter(Path("adapters/adapters.npz"))
+        after = load_adapter(Path("adapters/adapters.npz")).tensors
         assert all(mx.array_equal(before[name], after[name]).item() for name in before)
         assert not [name for name in os.listdir("adapters") if name.startswith(".tmp")]
 

@@ -1,65 +1,54 @@
-"""An adapter apart from any file: what every reader gives and every writer takes.
+"""A low-rank update as two factors and a scale: each layer of an adapter as A, B and alpha.
 
-Tensors stand under Graft's own names (those of mlx-lm), and each layer's setting tells rank, alpha,
-method and kind. A writer asks for `products`, the layers as A, B and scale. Knows no format.
+`factors_of` takes an adapter apart, for writing, merging and serving; `from_factors` makes one.
+Knows no format.
 """
 
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
+from graft.adapters.adapter import Adapter
 from graft.adapters.layer_config import LayerConfig
-from graft.adapters.layer_kinds import FusedParts
+from graft.adapters.layer_kinds import (
+    CONV,
+    EMBEDDING,
+    EMBEDDING_COLUMNS,
+    EMBEDDING_INPUT,
+    EXPERTS,
+    LAYER_KINDS,
+    LINEAR,
+    FusedParts,
+    LayerKind,
+    fused_kind,
+)
 from graft.adapters.methods import METHODS
 from graft.errors import InputError
+from graft.models import scale_of
+from graft.pretrained.architectures import is_embedding
 
 import mlx.core as mx
 
-# How the rows of q and k are ordered for rotary embeddings, where a format fixes it.
-HALVES = "halves"
-INTERLEAVED = "interleaved"
-
-EMBEDDING_NAMES = ("embed_tokens", "tok_embeddings", "wte", "embed_in", "word_embeddings")
-HALF_NAMES = {"lora_a": "A", "lora_b": "B"}
+# Kinds that a record must name. The type of a layer determines the others, which are guessed from
+# names where there is no model.
+_RECORDED_KINDS = (CONV, EMBEDDING_INPUT, EMBEDDING_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter in memory.
-
-    Attributes:
-        tensors: by their paths, `PATH.lora_a` (input_dims, rank) and `PATH.lora_b` (rank,
-            output_dims) or what else the method trains.
-        layers: from module path to rank, alpha, method and kind.
-        base_model: the name of the model that it was trained on, where a file tells it.
-        dropout: while training.
-        rotary: how the rows of q and k are ordered; `None` is as in the base model.
-        notes: what had to be assumed, a line each.
-    """
-
-    tensors: dict[str, mx.array]
-    layers: dict[str, LayerConfig]
-    base_model: str | None = None
-    dropout: float = 0.0
-    rotary: str | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Product:
+class Factors:
     """One layer's update: the product of two matrices, scaled.
 
     Attributes:
-        kind: linear, embedding, embedding-input, embedding-columns, conv or experts.
-        a: (input_dims, rank); (vocabulary, rank) of an embedding, (experts, rank, input_dims) of
-            experts, (*window, inputs, rank) of a convolution.
-        b: (rank, output_dims); (experts, output_dims, rank) of experts.
+        kind: of the layer, which determines what the product means.
+        a: (input_dims, rank); (vocabulary, rank) for an embedding, (experts, rank, input_dims) for
+            experts, (*window, inputs, rank) for a convolution.
+        b: (rank, output_dims); (experts, output_dims, rank) for experts.
         alpha: numerator of the scale.
         rank_stabilized: whether the scale is alpha / sqrt(rank).
         magnitude: what DoRA trains beside them, one value an output.
     """
 
-    kind: str
+    kind: LayerKind
     a: mx.array
     b: mx.array
     alpha: float
@@ -68,104 +57,149 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """Of both matrices."""
-        return int(self.b.shape[-1 if self.kind == "experts" else 0])
+        """The rank of both matrices."""
+        return self.b.shape[self.kind.rank_axes[1]]
 
     @property
     def scale(self) -> float:
         """The factor on the product."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return scale_of(self.rank, self.alpha, rank_stabilized=self.rank_stabilized)
 
-    def scaled(self, scale: float) -> "Product":
-        """The same update at another scale: what differs goes into B, exact to rounding."""
-        if scale == self.scale:
-            return replace(self, alpha=alpha_for(scale, self.rank), rank_stabilized=False)
-        return replace(
-            self,
-            b=self.b * (self.scale / scale),
-            alpha=alpha_for(scale, self.rank),
-            rank_stabilized=False,
-        )
+    @property
+    def matrices(self) -> tuple[mx.array, mx.array]:
+        """A as (..., inputs, rank) and B as (..., rank, outputs), float32, without the scale."""
+        as_matrix = self.kind.as_matrix
+        return as_matrix(self.a.astype(mx.float32)), as_matrix(self.b.astype(mx.float32))
 
-    def padded(self, rank: int) -> "Product":
-        """The same update, at the same scale, with zeros up to a higher rank."""
+    def with_matrices(self, a: mx.array, b: mx.array) -> "Factors":
+        """Other factors of the same kind, at scale 1, from matrices as `matrices` returns them."""
+        return from_matrices(self.kind, a, b, window=self.a.shape[:-2])
+
+    def at_scale(self, scale: float) -> "Factors":
+        """The same update at another scale: the ratio goes into B, exact to rounding."""
+        b = self.b if scale == self.scale else self.b * (self.scale / scale)
+        alpha = alpha_for(scale, self.rank)
+        return replace(self, b=b, alpha=alpha, rank_stabilized=False)
+
+    def padded(self, rank: int) -> "Factors":
+        """The same update at the same scale, with zeros up to a higher rank."""
         if rank == self.rank:
             return self
-        more, experts = rank - self.rank, self.kind == "experts"
-        a = _padded(self.a, -2 if experts else -1, more)
-        b = _padded(self.b, -1 if experts else 0, more)
+        a_axis, b_axis = self.kind.rank_axes
+        a = _pad_with_zeros(self.a, a_axis, rank - self.rank)
+        b = _pad_with_zeros(self.b, b_axis, rank - self.rank)
         alpha = alpha_for(self.scale, rank)
         return replace(self, a=a, b=b, alpha=alpha, rank_stabilized=False)
 
 
-def _padded(array: mx.array, axis: int, more: int) -> mx.array:
+def from_matrices(
+    kind: LayerKind, a: mx.array, b: mx.array, *, window: tuple[int, ...] = ()
+) -> Factors:
+    """Factors at scale 1.
+
+    Args:
+        kind: of the layer.
+        a: (..., inputs, rank).
+        b: (..., rank, outputs).
+        window: of a convolution.
+    """
+    return Factors(kind, kind.from_matrix(a, window), kind.from_matrix(b, ()), float(a.shape[-1]))
+
+
+def _pad_with_zeros(array: mx.array, axis: int, count: int) -> mx.array:
     shape = list(array.shape)
-    shape[axis] = more
+    shape[axis] = count
     return mx.concatenate([array, mx.zeros(shape, array.dtype)], axis=axis)
 
 
 def alpha_for(scale: float, rank: int) -> float:
-    """An alpha whose quotient by `rank` is `scale` to the last bit, where there is one."""
+    """An alpha whose quotient by `rank` is `scale`, to the last bit if there is one."""
     alpha = scale * rank
     near = (alpha, float(round(alpha)), math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
     return next((value for value in near if value / rank == scale), alpha)
 
 
-def guess_kind(path: str, setting: LayerConfig, a: mx.array | None) -> str:
-    """The kind of a layer without its model: as recorded, or by the rank of A and the name."""
-    if setting.kind is not None:
-        return setting.kind
+def recorded_kind(path: str, config: LayerConfig, a: mx.array | None) -> LayerKind:
+    """The kind of a layer without its model: as recorded, or guessed from the name and A."""
+    if config.parts is not None:
+        return fused_kind(config.parts)
+    if config.kind is not None:
+        return LAYER_KINDS.get(config.kind, LINEAR)
+    return guess_kind(path, a)
+
+
+def guess_kind(path: str, a: mx.array | None) -> LayerKind:
+    """The kind of a layer by its path and the shape of A."""
     if a is not None and a.ndim == 3:
-        return "experts"
-    return "embedding" if path.rpartition(".")[2] in EMBEDDING_NAMES else "linear"
+        return EXPERTS
+    return EMBEDDING if is_embedding(path) else LINEAR
 
 
-def products(
-    adapter: Adapter, *, target: str, kinds: Container[str], dora: bool = False
-) -> dict[str, Product]:
-    """Every layer as A, B and scale.
-
-    A fused projection becomes one linear layer with a rank a part, which is exact but larger.
+def factors_at_scale(path: str, halves: Mapping[str, mx.array], scale: float) -> Factors:
+    """Factors from tensors in mlx-lm's layout, without a record of their kind.
 
     Args:
-        adapter: what is to be written.
-        target: the format's name, for the message.
-        kinds: of layers that the format can hold.
-        dora: whether it can hold DoRA.
+        path: of the layer.
+        halves: A as "a", B as "b", and DoRA's magnitude as "m" if there is one.
+        scale: of the product.
+    """
+    kind = guess_kind(path, halves["a"])
+    factors = Factors(kind, halves["a"], halves["b"], 1.0, magnitude=halves.get("m"))
+    rank = factors.rank if factors.b.ndim > 1 else 1
+    return replace(factors, alpha=alpha_for(scale, rank))
+
+
+def factors_of(
+    adapter: Adapter, *, holder: str, kinds: Container[LayerKind], dora: bool = False
+) -> dict[str, Factors]:
+    """Every layer of an adapter as A, B and scale.
+
+    A fused projection becomes one linear layer with the ranks of its parts added up, which is exact
+    but larger.
+
+    Args:
+        adapter: to be taken apart.
+        holder: what is to hold the factors, for messages.
+        kinds: of layers that the holder takes.
+        dora: whether the holder takes DoRA.
 
     Raises:
-        InputError: layers that the format cannot hold; all of them named.
+        InputError: layers that the holder does not take, or tensors that are missing; all of them
+            named.
     """
-    found: dict[str, Product] = {}
+    factors: dict[str, Factors] = {}
     refused: list[str] = []
-    for path, setting in adapter.layers.items():
-        a, b = (adapter.tensors.get(f"{path}.{half}") for half in HALF_NAMES)
-        kind = guess_kind(path, setting, a)
-        method = METHODS[setting.method]
-        if kind == "vector" or not (method.low_rank or (method.has_magnitude and dora)):
-            refused.append(f"{path} ({setting.method}{', a vector' if kind == 'vector' else ''})")
-        elif (kind if kind != "fused" else "linear") not in kinds:
-            refused.append(f"{path} (of kind {kind})")
+    missing: list[str] = []
+    for path, config in adapter.layers.items():
+        a, b = (adapter.tensors.get(f"{path}.{name}") for name in ("lora_a", "lora_b"))
+        kind = recorded_kind(path, config, a)
+        method = METHODS[config.method]
+        if not kind.ranked or not (method.low_rank or (method.has_magnitude and dora)):
+            refused.append(f"{path} ({config.method}{'' if kind.ranked else ', a vector'})")
+        elif (kind if config.parts is None else LINEAR) not in kinds:
+            refused.append(f"{path} (of kind {kind.name})")
+        elif a is None or b is None:
+            missing += [f"{path}.{n}" for n, half in (("lora_a", a), ("lora_b", b)) if half is None]
         else:
-            assert a is not None and b is not None
-            found[path] = _product(kind, a, b, setting, adapter.tensors.get(f"{path}.m"))
+            factors[path] = _layer_factors(kind, a, b, config, adapter.tensors.get(f"{path}.m"))
     if refused:
-        raise InputError(f"{target} cannot hold these layers: {', '.join(refused)}")
-    return found
+        raise InputError(f"{holder} cannot hold these layers: {', '.join(refused)}")
+    if missing:
+        raise InputError(f"the adapter lacks {', '.join(missing)}")
+    return factors
 
 
-def _product(
-    kind: str, a: mx.array, b: mx.array, setting: LayerConfig, magnitude: mx.array | None
-) -> Product:
-    if setting.parts is not None:
-        b = _spread_over_parts(b, setting.parts)
-        kind = "linear"
-    product = Product(kind, a, b, setting.alpha, METHODS[setting.method].rank_stabilized, magnitude)
-    if product.rank == setting.rank:
-        return product
-    # Twice the rank where a start stands beside A and B; several where parts have their own.
-    scale = setting.scale
-    return replace(product, alpha=alpha_for(scale, product.rank), rank_stabilized=False)
+def _layer_factors(
+    kind: LayerKind, a: mx.array, b: mx.array, config: LayerConfig, magnitude: mx.array | None
+) -> Factors:
+    if config.parts is not None:
+        kind, b = LINEAR, _spread_over_parts(b, config.parts)
+    factors = Factors(kind, a, b, config.alpha, METHODS[config.method].rank_stabilized, magnitude)
+    if factors.rank == config.rank:
+        return factors
+    # The rank doubles if the start is stored beside A and B, and adds up over the parts.
+    alpha = alpha_for(config.scale, factors.rank)
+    return replace(factors, alpha=alpha, rank_stabilized=False)
 
 
 def _spread_over_parts(b: mx.array, parts: FusedParts) -> mx.array:
@@ -174,90 +208,99 @@ def _spread_over_parts(b: mx.array, parts: FusedParts) -> mx.array:
     for name, outputs in zip(parts.enabled, parts.outputs(), strict=True):
         columns = mx.unflatten(b[:, first : first + outputs], -1, (parts.repeats, -1))
         number = parts.names.index(name)
-        before, after = sum(parts.sizes[:number]), sum(parts.sizes[number + 1 :])
-        rows.append(mx.pad(columns, [(0, 0), (0, 0), (before, after)]).flatten(-2))
+        widths = sum(parts.sizes[:number]), sum(parts.sizes[number + 1 :])
+        rows.append(mx.pad(columns, [(0, 0), (0, 0), widths]).flatten(-2))
         first += outputs
     return mx.concatenate(rows)
 
 
-def from_products(
-    found: Mapping[str, Product],
+def from_factors(
+    factors: Mapping[str, Factors],
     *,
     base_model: str | None = None,
     dropout: float = 0.0,
     rotary: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Adapter:
-    """An adapter of products that a reader found; float32, as what is trained is.
+    """An adapter made of factors, in float32, the precision of training.
+
+    Args:
+        factors: by module path.
+        base_model: as for `Adapter`, and so are the others.
+        dropout: as for `Adapter`.
+        rotary: as for `Adapter`.
+        notes: as for `Adapter`.
 
     Raises:
-        InputError: halves that do not belong together, or numbers that are none; all named.
+        InputError: factors that do not make a product, or numbers that are not finite; all named.
     """
-    problems = [problem for path, product in found.items() for problem in _problems(path, product)]
+    problems = [text for path, layer in factors.items() for text in _factor_problems(path, layer)]
     if problems:
         raise InputError("; ".join(problems))
     tensors, layers = {}, {}
-    for path, product in found.items():
-        tensors[f"{path}.lora_a"] = product.a.astype(mx.float32)
-        tensors[f"{path}.lora_b"] = product.b.astype(mx.float32)
-        method = "rslora" if product.rank_stabilized else "lora"
-        if product.magnitude is not None:
-            tensors[f"{path}.m"] = product.magnitude.astype(mx.float32)
+    for path, layer in factors.items():
+        tensors[f"{path}.lora_a"] = layer.a.astype(mx.float32)
+        tensors[f"{path}.lora_b"] = layer.b.astype(mx.float32)
+        method, alpha = "rslora" if layer.rank_stabilized else "lora", layer.alpha
+        if layer.magnitude is not None:
+            tensors[f"{path}.m"] = layer.magnitude.astype(mx.float32)
             method = "dora"
-        # The type of the layer tells the others, which may have been guessed by their names.
-        certain = product.kind == "conv" or product.kind.startswith("embedding-")
-        kind = product.kind if certain else None
-        alpha = product.alpha
-        if product.magnitude is not None and product.rank_stabilized:
-            alpha = alpha_for(product.scale, product.rank)
-        layers[path] = LayerConfig(product.rank, alpha, method, kind)
-    return Adapter(tensors, layers, base_model, dropout, rotary, notes)
+            alpha = alpha_for(layer.scale, layer.rank) if layer.rank_stabilized else alpha
+        kind = layer.kind.name if layer.kind in _RECORDED_KINDS else None
+        layers[path] = LayerConfig(layer.rank, alpha, method, kind)
+    return Adapter(tensors, layers, base_model, dropout, rotary, notes=notes)
 
 
-def _problems(path: str, product: Product) -> list[str]:
-    a, b = product.a, product.b
-    experts = product.kind == "experts"
-    ranks = (a.shape[-2], b.shape[-1]) if experts else (a.shape[-1], b.shape[0])
-    if ranks[0] != ranks[1] or ranks[0] < 1 or (experts and a.shape[0] != b.shape[0]):
-        return [f"{path}: A of shape {a.shape} and B of shape {b.shape} do not make a product"]
-    found = []
-    if not math.isfinite(product.alpha):
-        found.append(f"{path}: alpha {product.alpha} is no number")
-    for name, array in (("A", a), ("B", b), ("the magnitude", product.magnitude)):
+def _factor_problems(path: str, factors: Factors) -> list[str]:
+    if not _make_a_product(factors):
+        shapes = f"A of shape {factors.a.shape} and B of shape {factors.b.shape}"
+        return [f"{path}: {shapes} do not make a product"]
+    problems = []
+    if not math.isfinite(factors.alpha):
+        problems.append(f"{path}: alpha {factors.alpha} is not finite")
+    arrays = {"A": factors.a, "B": factors.b, "the magnitude": factors.magnitude}
+    for name, array in arrays.items():
         if array is not None and not mx.isfinite(array).all().item():
-            found.append(f"{path}: {name} holds numbers that are not finite")
-    return found
+            problems.append(f"{path}: {name} holds numbers that are not finite")
+    return problems
+
+
+def _make_a_product(factors: Factors) -> bool:
+    if min(factors.a.ndim, factors.b.ndim) < 2:
+        return False
+    a, b = factors.matrices
+    return a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] >= 1
 
 
 def paired(
-    tensors: Mapping[str, mx.array], ends: Mapping[str, str]
+    tensors: Mapping[str, mx.array], suffixes: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, mx.array]], list[str]]:
-    """Sort tensors by the layer that they belong to.
+    """Group tensors by the layer that they belong to.
 
     Args:
         tensors: by name.
-        ends: from the end of a name to what it is: "a", "b" or "m".
+        suffixes: from the end of a name to what such a tensor is: "a", "b" or "m".
 
     Returns:
-        From path to tensors by what they are, and the names that end in none of these.
+        From path to the layer's tensors by what they are, and the names without such an end.
 
     Raises:
-        InputError: layers lack one half; all of them named.
+        InputError: layers that lack A or B; all of them named.
     """
-    found: dict[str, dict[str, mx.array]] = {}
-    others = []
+    layers: dict[str, dict[str, mx.array]] = {}
+    unknown = []
     for name, array in tensors.items():
-        end = next((end for end in ends if name.endswith(end)), None)
-        if end is None:
-            others.append(name)
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+        if suffix is None:
+            unknown.append(name)
         else:
-            found.setdefault(name.removesuffix(end), {})[ends[end]] = array
+            layers.setdefault(name.removesuffix(suffix), {})[suffixes[suffix]] = array
     missing = [
         f"{path or '(no name)'} has no {half.upper()}"
-        for path, halves in found.items()
+        for path, halves in layers.items()
         for half in ("a", "b")
         if half not in halves
     ]
     if missing:
         raise InputError(f"half a layer: {', '.join(missing)}")
-    return found, others
+    return layers, unknown

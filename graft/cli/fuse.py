@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from graft.cli.command import Parser, command
+from graft.cli.publishing import (
+    ADAPTER_HELP,
+    MODEL_HELP,
+    add_publishing_options,
+    open_adapter,
+    publish_if_asked,
+)
 from graft.errors import InputError
-from graft.exporting.adapter import add_shared_options, open_source, publish
 from graft.exporting.fuse import MAX_GROWTH, MAX_KL, FusionResult, fuse_checked
 from graft.exporting.fused_model import Fusion
+from graft.exporting.publish import FUSED_MODEL_USAGE
 from graft.quantization.choose import BITS, WHOLE
 from graft.storage.atomic import check_free
 
@@ -20,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(description="Write a model with its adapter inside.")
     add = parser.add_argument
-    add("--model", metavar="M", help="base model, folder or Hub name (default: as recorded)")
-    add("--adapter-file", required=True, metavar="A", help="adapter of any tool, or Hub name")
+    add("--model", metavar="BASE", help=MODEL_HELP)
+    add("--adapter-file", required=True, metavar="A", help=ADAPTER_HELP)
     add("--out", required=True, metavar="DIR", help="folder to write")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--dequantize", action="store_true", help="write whole weights")
@@ -36,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"token (default: {MAX_KL}, or {MAX_GROWTH:.0%}% more size if that comes first)",
     )
     add("--check-data", metavar="FILE", help="text to compare on (default: the run's own)")
-    add_shared_options(parser)
+    add_publishing_options(parser)
     return parser
 
 
@@ -48,18 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--max-kl {args.max_kl}: give more than 0")
     out = Path(args.out)
     check_free(out, replace=args.force)
-    source, tensors, record = open_source(args.adapter_file, args)
+    source, adapter = open_adapter(args.adapter_file, args)
     form: dict[str, Any] = {"dequantize": args.dequantize, "q_bits": args.q_bits}
-    model = record.base_model if args.model is None else args.model
-    if model != record.base_model:
-        trained_on = record.base_model or "the embedded base model, or none on record"
+    model = adapter.base_model if args.model is None else args.model
+    if model != adapter.base_model:
+        trained_on = adapter.base_model or "the embedded base model, or none on record"
         print(f"note: {source} was trained on {trained_on}; fusing into {model}", file=sys.stderr)
-    fusion = Fusion(model, tensors, record, name=str(source), **form)
+    fusion = Fusion(model, adapter, name=str(source), **form)
     result = fuse_checked(
         fusion, out, max_kl=args.max_kl, check_data=args.check_data, force=args.force
     )
     print_result(result, out, named=args.max_kl is not None)
-    publish(args, "model", record, source)
+    publish_if_asked(args, adapter, source, usage=FUSED_MODEL_USAGE, relation="finetune")
     return 0
 
 

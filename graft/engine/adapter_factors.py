@@ -9,21 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.adapters.files import (
-    AdapterRecord,
-    LowRankFactors,
-    in_order_of,
-    is_missing,
-    load_adapter,
-    low_rank_factors,
-)
+from graft.adapters.adapter import Adapter, in_order_of
+from graft.adapters.factors import Factors, factors_of
+from graft.adapters.files import is_missing, load_adapter
 from graft.adapters.layer_config import config_problems, resolve_kind
 from graft.adapters.layer_kinds import (
     EMBEDDING,
     EMBEDDING_INPUT,
     LINEAR,
     LayerKind,
-    fused_kind,
     kind_of,
 )
 from graft.adapters.methods import stored_rank
@@ -38,7 +32,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 SMALLEST_WIDTH = 8
-HALVES = ("lora_a", "lora_b")
+MIXABLE_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +73,11 @@ def read_factors(path: Path, model: nn.Module, modules: Mapping[str, nn.Module])
     """
     if is_missing(path):
         raise AdapterNotFound(f"there is no adapter at {path}")
-    return make_factors(*load_adapter(path), model, modules, name=str(path))
+    return make_factors(load_adapter(path), model, modules, name=str(path))
 
 
 def make_factors(
-    tensors: Mapping[str, mx.array],
-    record: AdapterRecord,
+    adapter: Adapter,
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     *,
@@ -95,18 +88,17 @@ def make_factors(
     Raises:
         AdapterDoesNotFit: as for `read_factors`.
     """
-    problems = config_problems(modules, record.layers) or _unmixable(modules, record)
+    problems = config_problems(modules, adapter.layers) or _unmixable(modules, adapter)
+    problems = problems or _shape_problems(modules, adapter)
     layers: dict[str, tuple[Array, ...]] = {}
     if not problems:
         try:
-            factors = low_rank_factors(in_order_of(model, tensors, record), record, name=name)
+            adapter = in_order_of(model, adapter)
+            factors = factors_of(adapter, holder="a batch of mixed adapters", kinds=MIXABLE_KINDS)
         except InputError as error:
-            raise AdapterDoesNotFit(str(error)) from error
-        problems = _shape_problems(modules, record, factors)
-    if not problems:
+            raise AdapterDoesNotFit(f"adapter {name} does not fit: {error}") from error
         for path, layer in factors.items():
-            kind = resolve_kind(modules[path], record.layers[path])
-            layers[path] = _arrays(modules[path], kind, layer)
+            layers[path] = _arrays(resolve_kind(modules[path], adapter.layers[path]), layer)
         problems = [
             f"{path} holds numbers that are not finite"
             for path, arrays in layers.items()
@@ -165,52 +157,40 @@ def dtype_of(module: nn.Module) -> mx.Dtype:
     return dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
 
 
-def _unmixable(modules: Mapping[str, nn.Module], record: AdapterRecord) -> list[str]:
-    kinds = {
-        path: kind
-        for path, setting in record.layers.items()
-        if (kind := resolve_kind(modules[path], setting)) is not None
-    }
-    allowed = (LINEAR.name, EMBEDDING.name, EMBEDDING_INPUT.name, "fused")
-    found = [f"{path} ({kind.name})" for path, kind in kinds.items() if kind.name not in allowed]
-    if not found:
+def _unmixable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    kinds = {path: resolve_kind(modules[path], config) for path, config in adapter.layers.items()}
+    refused = [
+        f"{path} ({kind.name})"
+        for path, kind in kinds.items()
+        if kind is not None
+        if kind not in MIXABLE_KINDS and adapter.layers[path].parts is None
+    ]
+    if not refused:
         return []
-    return [f"the rows of a batch cannot have adapters of their own in {', '.join(found)}"]
+    return [f"the rows of a batch cannot have different adapters in {', '.join(refused)}"]
 
 
-def _shape_problems(
-    modules: Mapping[str, nn.Module],
-    record: AdapterRecord,
-    factors: Mapping[str, LowRankFactors],
-) -> list[str]:
+def _shape_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
     problems = []
-    for path, layer in factors.items():
-        setting = record.layers[path]
-        kind = resolve_kind(modules[path], setting)
+    for path, config in adapter.layers.items():
+        kind = resolve_kind(modules[path], config)
         assert kind is not None
-        expected = kind.shapes(modules[path], stored_rank(setting.method, setting.rank))
+        shapes = kind.shapes(modules[path], stored_rank(config.method, config.rank))
+        names = (f"{path}.lora_a", f"{path}.lora_b")
         problems += [
-            f"{path}.{name} has shape {array.shape}, the model needs {shape}"
-            for name, array, shape in zip(HALVES, (layer.a, layer.b), expected, strict=True)
-            if array.shape != shape
+            f"{name} has shape {adapter.tensors[name].shape}, the model needs {shape}"
+            for name, shape in zip(names, shapes, strict=True)
+            if name in adapter.tensors and adapter.tensors[name].shape != shape
         ]
     return problems
 
 
-def _arrays(module: nn.Module, kind: LayerKind | None, layer: LowRankFactors) -> tuple[Array, ...]:
-    """A, B with the scale in it, and for an embedding whether the tied output is adapted too.
-
-    A fused projection becomes a plain one whose B is zero where a part is not its own.
-    """
-    a, b = layer.a.astype(mx.float32), layer.b.astype(mx.float32) * layer.scale
-    if layer.parts is not None:
-        one = mx.eye(a.shape[1])
-        spread = fused_kind(layer.parts).update
-        assert spread is not None
-        b = spread(module, one, b, one)
+def _arrays(kind: LayerKind | None, layer: Factors) -> tuple[Array, ...]:
+    """A, B with the scale in it, and for an embedding whether the tied output is adapted too."""
+    a, b = np.array(layer.a.astype(mx.float32)), np.array(layer.b.astype(mx.float32) * layer.scale)
     if kind in (EMBEDDING, EMBEDDING_INPUT):
-        return np.array(a), np.array(b), np.array(kind is EMBEDDING, dtype=np.float32)
-    return np.array(a), np.array(b)
+        return a, b, np.array(kind is EMBEDDING, dtype=np.float32)
+    return a, b
 
 
 def _padded(arrays: tuple[Array, ...], width: int) -> tuple[Array, ...]:

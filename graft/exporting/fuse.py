@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.files import apply_adapter
+from graft.adapters.adapter import apply_adapter
 from graft.console import note
 from graft.data.batches import group_rows, pad, sample_rows
 from graft.data.examples import Example, load_splits
@@ -75,9 +75,9 @@ def fuse_checked(
         RunError: adapter or fused model give numbers that are none.
     """
     model, tokenizer, config = load_model(fusion.model)
-    trained_on = fusion.record.options.get("data")
+    trained_on = fusion.adapter.options.get("data")
     examples, others = sample_text(tokenizer, check_data, trained_on, config)
-    apply_adapter(model, fusion.tensors, fusion.record, name=fusion.name)
+    apply_adapter(model, fusion.adapter, name=fusion.name)
     model.eval()
     limit = MAX_KL if max_kl is None else max_kl
     with new_folder(out, replace=force) as folder, tempfile.TemporaryDirectory() as scratch:

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.adapter import Adapter, apply_adapter
 from graft.adapters.attach import lora_layers
-from graft.adapters.factors import INTERLEAVED
-from graft.adapters.files import AdapterRecord, apply_adapter
 from graft.adapters.layer_config import config_of, resolve_kind
 from graft.adapters.layer_kinds import EMBEDDING_COLUMNS, EMBEDDING_INPUT
 from graft.adapters.methods import make_layer
 from graft.adapters.rotary import to_halves
 from graft.errors import InputError
 from graft.models import dense_layer, is_quantized, with_arrays
-from graft.pretrained.base_config import BaseModel
+from graft.pretrained.architectures import INTERLEAVED
+from graft.pretrained.base_config import BaseConfig
 from graft.pretrained.companions import copy_companions
 from graft.pretrained.folder import EMBEDDED_MODEL, find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
@@ -41,8 +41,7 @@ class Fusion:
 
     Attributes:
         model: folder or Hub name; `None` is the embedded model.
-        tensors: of the adapter.
-        record: of the adapter.
+        adapter: to be folded in.
         dequantize: write whole weights.
         q_bits: bits of every quantized layer; `None` keeps the base's.
         more_bits: bits of single layers by path, `WHOLE` for none.
@@ -51,8 +50,7 @@ class Fusion:
     """
 
     model: str | None
-    tensors: Mapping[str, mx.array]
-    record: AdapterRecord
+    adapter: Adapter
     dequantize: bool = False
     q_bits: int | None = None
     more_bits: Mapping[str, int] = field(default_factory=dict)
@@ -73,7 +71,7 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(open_base(place, scratch))
-        apply_adapter(base.model, fusion.tensors, fusion.record, name=fusion.name)
+        apply_adapter(base.model, fusion.adapter, name=fusion.name)
         _refuse_input_embeddings(base)
         before = sum(size_bytes(t) for t in base.tensors.values())
         limit = mx.set_cache_limit(0)  # MLX would keep freed buffers of every size that occurs
@@ -87,7 +85,7 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
 
 def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]]:
     """The configuration of the fused model, and its tensors, made when they are written."""
-    facts = BaseModel(fusion.model, base.config)
+    facts = BaseConfig(fusion.model, base.config)
     halves = fusion.dequantize and facts.rotary == INTERLEAVED
     config = dict(base.config)
     layers = dict(base.model.named_modules())
@@ -233,7 +231,7 @@ def _over(base: nn.Module, layer: Any) -> Any:
 
 
 def _refuse_input_embeddings(base: BaseFiles) -> None:
-    tied = BaseModel(None, base.config).tied
+    tied = BaseConfig(None, base.config).tied
     inputs = (EMBEDDING_INPUT.name, EMBEDDING_COLUMNS.name)
     paths = [path for path, layer in lora_layers(base.model) if layer.kind in inputs]
     if tied and paths:

@@ -1,4 +1,4 @@
-"""The README.md of what goes to the Hub: what it is, how it was made, how to use it.
+"""The README.md of an upload to the Hub: what it is, how it was made, how to use it.
 
 Reference: https://huggingface.co/docs/hub/model-cards
 """
@@ -9,67 +9,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-USES = {
-    "npz": """\
-```console
-$ python lora.py --model {base} --adapter-file {name} --prompt "Hello"
-```""",
-    "mlx-lm": """\
-```console
-$ mlx_lm.generate --model {base} --adapter-path {folder} --prompt "Hello"
-```
-
-where `{folder}` is a copy of this repository (`hf download {name} --local-dir {folder}`).""",
-    "peft": """\
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{name}")
-```""",
-    "gguf": """\
-```console
-$ llama-cli -m base.gguf --lora {file} -p "Hello"
-```
-
-where `base.gguf` is {base} in GGUF.""",
-    "model": """\
-```console
-$ mlx_lm.generate --model {name} --prompt "Hello"
-```""",
-}
-LIBRARIES = {"npz": "mlx", "mlx-lm": "mlx", "peft": "peft", "gguf": "gguf", "model": "mlx"}
-TITLES = {
-    "npz": "Graft",
-    "mlx-lm": "mlx-lm",
-    "peft": "PEFT",
-    "gguf": "llama.cpp",
-    "model": "mlx-lm",
-}
+from graft.adapters.formats import Usage
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells.
+    """The content of a card.
 
     Attributes:
         repository: owner/name.
-        form: one of `USES`.
-        base_model: a Hub name, or `None` if there is none to tell.
+        usage: how the files are used.
+        base_model: a Hub name, or `None` if it has none.
         methods: such as "lora, rank 8".
-        options: of the run, as its record has them.
-        losses: from a split's name to the loss that was measured last, in nats a token.
+        options: of the run, as recorded.
+        losses: from a split's name to the last measured loss, in nats per token.
         file: the file with the weights.
+        relation: to the base model, as the Hub calls it: "adapter" or "finetune".
     """
 
     repository: str
-    form: str
+    usage: Usage
     base_model: str | None
     methods: str
     options: Mapping[str, Any] = field(default_factory=dict)
     losses: Mapping[str, float] = field(default_factory=dict)
     file: str = ""
+    relation: str = "adapter"
 
 
 def read_losses(metrics: Path) -> dict[str, float]:
@@ -83,31 +48,35 @@ def read_losses(metrics: Path) -> dict[str, float]:
             if row.get("kind") == "eval":
                 losses[str(row["split"])] = float(row["loss"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # a line that was cut off when a run was killed
+            continue  # The last line of a killed run may be cut off.
     return losses
 
 
 def write_card(card: Card) -> str:
     """README.md, with the front matter that the Hub reads."""
-    front = [f"library_name: {LIBRARIES[card.form]}"]
-    if card.base_model is not None:
-        front.append(f"base_model: {json.dumps(card.base_model)}")
-        kind = "finetune" if card.form == "model" else "adapter"
-        front.append(f"base_model_relation: {kind}")
-    front += ["pipeline_tag: text-generation", "tags:", "- lora", "- graft"]
-    base = card.base_model or "the base model"
-    facts = [f"- Base model: {base}", f"- Method: {card.methods}"]
-    if data := card.options.get("data"):
-        facts.append(f"- Data: {data}")
-    facts += [f"- Loss on {split}: {loss:.3f}" for split, loss in card.losses.items()]
-    settings = ("iters", "epochs", "batch_size", "learning_rate", "optimizer", "seed")
-    told = [f"{n} {card.options[n]}" for n in settings if card.options.get(n) is not None]
-    facts += [f"- Training: {', '.join(told)}"] if told else []
     name = card.repository.rpartition("/")[2]
-    use = USES[card.form].format(base=base, name=card.repository, folder=name, file=card.file)
-    title = TITLES.get(card.form, "mlx-lm")
-    front_matter, list_of_facts = "\n".join(front), "\n".join(facts)
+    base = card.base_model or "the base model"
+    use = card.usage.text.format(base=base, name=card.repository, folder=name, file=card.file)
+    front_matter, facts = "\n".join(_front_matter(card)), "\n".join(_facts(card, base))
     return (
-        f"---\n{front_matter}\n---\n\n# {name}\n\nMade with Graft.\n\n{list_of_facts}\n\n"
-        f"## Use in {title}\n\n{use}\n"
+        f"---\n{front_matter}\n---\n\n# {name}\n\nMade with Graft.\n\n{facts}\n\n"
+        f"## Use in {card.usage.tool}\n\n{use}\n"
     )
+
+
+def _front_matter(card: Card) -> list[str]:
+    lines = [f"library_name: {card.usage.library}"]
+    if card.base_model is not None:
+        lines.append(f"base_model: {json.dumps(card.base_model)}")
+        lines.append(f"base_model_relation: {card.relation}")
+    return [*lines, "pipeline_tag: text-generation", "tags:", "- lora", "- graft"]
+
+
+def _facts(card: Card, base: str) -> list[str]:
+    lines = [f"- Base model: {base}", f"- Method: {card.methods}"]
+    if data := card.options.get("data"):
+        lines.append(f"- Data: {data}")
+    lines += [f"- Loss on {split}: {loss:.3f}" for split, loss in card.losses.items()]
+    names = ("iters", "epochs", "batch_size", "learning_rate", "optimizer", "seed")
+    options = [f"{n} {card.options[n]}" for n in names if card.options.get(n) is not None]
+    return lines + ([f"- Training: {', '.join(options)}"] if options else [])

@@ -1,21 +1,21 @@
-"""What a format must know of the base model: its configuration, never its weights."""
+"""A base model's configuration, for code that needs facts about it but never its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graft.adapters.factors import HALVES, INTERLEAVED
 from graft.errors import InputError
+from graft.pretrained.architectures import ROTARY_PROJECTIONS, find_architecture, rotary_order
 from graft.pretrained.folder import find_folder, read_config
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseConfig:
     """The base model of an adapter, by its configuration.
 
     Attributes:
         name: a folder or Hub name; `None` is the embedded model.
-        config: as `config.json` has it.
+        config: the content of `config.json`.
     """
 
     name: str | None
@@ -28,36 +28,34 @@ class BaseModel:
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the output projection too."""
-        tied_by_default = self.architecture.startswith("gemma")
-        return bool(self.config.get("tie_word_embeddings", tied_by_default))
+        """Whether the output shares the embedding's weight."""
+        default = find_architecture(self.architecture).tied_by_default
+        return bool(self.config.get("tie_word_embeddings", default))
 
     @property
     def rotary(self) -> str:
-        """How the rows of q and k are ordered."""
-        return INTERLEAVED if self.config.get("rope_traditional") else HALVES
+        """The order of the rows of q and k."""
+        return rotary_order(self.config)
 
     def heads(self, path: str) -> int | None:
-        """Heads of the layer at a path, if it is a q or k projection.
+        """The number of heads of the layer at a path, if it is a q or k projection.
 
         Raises:
-            InputError: the configuration does not tell.
+            InputError: the configuration has no number of heads.
         """
-        name = path.rpartition(".")[2]
-        if name not in ("q_proj", "k_proj"):
+        names = ROTARY_PROJECTIONS.get(path.rpartition(".")[2])
+        if names is None:
             return None
-        heads = self.config.get("num_attention_heads")
-        if name == "k_proj":
-            heads = self.config.get("num_key_value_heads") or heads
+        heads = next((self.config[name] for name in names if self.config.get(name)), None)
         if type(heads) is not int or heads < 1:
-            raise InputError(f"the configuration of {self.name} tells no number of heads")
+            raise InputError(f"the configuration of {self.name} has no number of heads")
         return heads
 
 
-def read_base_model(name: str | None) -> BaseModel:
-    """The base model that a person or a record names; no weights are read.
+def read_base_config(name: str | None) -> BaseConfig:
+    """The configuration of the model that a folder or Hub name means; no weights are read.
 
     Raises:
         InputError: there is no such model.
     """
-    return BaseModel(name, read_config(find_folder(name)))
+    return BaseConfig(name, read_config(find_folder(name)))

@@ -8,8 +8,7 @@ after links are resolved.
 from collections.abc import Mapping
 from pathlib import Path
 
-from graft.adapters.files import RECORD_NAME
-from graft.adapters.formats import find_file
+from graft.adapters.formats import RECORD_NAME, find_file
 from graft.engine.registry import AdapterInfo
 from graft.errors import InputError
 from graft.server.errors import HttpError

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.files import check_exists, check_suffix
+from graft.adapters.files import check_exists
+from graft.adapters.formats.graft import check_suffix
 from graft.data.sources import check_data_name
 from graft.errors import InputError
 from graft.storage.atomic import check_writable, new_file

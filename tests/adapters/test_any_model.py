@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import apply_adapter
 from graft.adapters.attach import attach, count_parameters, detach, lora_layers, merge_all
-from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.adapters.files import load_adapter, save_adapter
 from graft.adapters.targets import plan
 
 import mlx.core as mx
@@ -211,10 +212,10 @@ def test_quantize_attach_train_save_and_load(name: str, quantize: bool, tmp_path
     trained = model(*inputs)
 
     save_adapter(tmp_path / "adapters.npz", model)
-    tensors, record = load_adapter(tmp_path / "adapters.npz")
-    assert sum(array.size for array in tensors.values()) == count_parameters(model)[0]
+    adapter = load_adapter(tmp_path / "adapters.npz")
+    assert sum(array.size for array in adapter.tensors.values()) == count_parameters(model)[0]
     _, fresh = prepare(name, quantize=quantize)
-    apply_adapter(fresh, tensors, record, name="adapters.npz")
+    apply_adapter(fresh, adapter, name="adapters.npz")
     fresh.eval()
     assert mx.array_equal(fresh(*inputs), trained)
     merge_all(model)

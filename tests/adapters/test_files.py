@@ -4,20 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters import files as adapters
-from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import (
-    RECORD_NAME,
-    AdapterRecord,
+from graft.adapters.adapter import (
+    Adapter,
     adapter_tensors,
     apply_adapter,
-    layer_settings,
-    load_adapter,
-    low_rank_factors,
-    save_adapter,
-    write_adapter,
+    layer_configs,
 )
+from graft.adapters.attach import attach, lora_layers
+from graft.adapters.factors import factors_of
+from graft.adapters.files import load_adapter, save_adapter
+from graft.adapters.formats import RECORD_NAME
+from graft.adapters.formats import graft as graft_format
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
+from graft.adapters.layer_kinds import EMBEDDING, LINEAR
 from graft.adapters.targets import plan
 from graft.errors import InputError
 from graft.pretrained.load import read_model
@@ -51,18 +51,14 @@ def make_adapted(*, settings: dict[str, LayerConfig] | None = None) -> nn.Module
     return model
 
 
-def record_of(model: nn.Module, **values: Any) -> AdapterRecord:
-    return AdapterRecord(layer_settings(model), **values)
-
-
 def save(path: Path, model: nn.Module) -> Path:
-    save_adapter(path, model, record_of(model, base_model="tiny", options={"rank": 4}))
+    save_adapter(path, model, base_model="tiny", options={"rank": 4})
     return path
 
 
 def apply(path: Path) -> nn.Module:
     model = make_model(LLAMA)
-    apply_adapter(model, *load_adapter(path), name=str(path))
+    apply_adapter(model, load_adapter(path), name=str(path))
     model.eval()
     return model
 
@@ -85,7 +81,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     model = make_adapted()
     expected = model(TOKENS)
     path = save(tmp_path / name, model)
-    tensors, _ = load_adapter(path)
+    tensors = load_adapter(path).tensors
     saved = adapter_tensors(model)
     assert tensors.keys() == saved.keys()
     for key, array in saved.items():
@@ -105,7 +101,7 @@ def test_an_adapter_comes_back_over_a_quantized_base(tmp_path: Path, name: str) 
     model.eval()
     path = save(tmp_path / name, model)
     again, _ = read_model(folder)
-    apply_adapter(again, *load_adapter(path), name=name)
+    apply_adapter(again, load_adapter(path), name=name)
     again.eval()
     assert mx.array_equal(again(TOKENS), model(TOKENS))
 
@@ -115,7 +111,7 @@ def test_the_file_holds_a_and_b_under_the_names_of_mlx_lm_and_nothing_else(
     tmp_path: Path, name: str
 ) -> None:
     model = make_adapted()
-    tensors, _ = load_adapter(save(tmp_path / name, model))
+    tensors = load_adapter(save(tmp_path / name, model)).tensors
     expected = {f"{path}.{half}" for path in paths_of(make_model(LLAMA)) for half in ("a", "b")}
     assert set(tensors) == {name.replace("_proj.", "_proj.lora_") for name in expected}
     assert tensors[f"{UP}.lora_a"].shape == (64, 4)
@@ -128,7 +124,9 @@ def test_the_record_tells_base_model_ranks_alphas_and_options(tmp_path: Path) ->
     save_adapter(
         tmp_path / "adapters.npz",
         model,
-        record_of(model, base_model="tiny", dropout=0.25, options={"rank": 4, "model": None}),
+        base_model="tiny",
+        dropout=0.25,
+        options={"rank": 4, "model": None},
     )
     content = json.loads((tmp_path / RECORD_NAME).read_text())
     assert (content["format"], content["format_version"]) == ("graft", 1)
@@ -136,8 +134,9 @@ def test_the_record_tells_base_model_ranks_alphas_and_options(tmp_path: Path) ->
     assert content["options"] == {"rank": 4, "model": None}
     assert content["layers"].keys() == settings.keys()
     assert (content["layers"][UP]["rank"], content["layers"][UP]["alpha"]) == (8, 12.0)
-    _, record = load_adapter(tmp_path / "adapters.npz")
-    assert record == AdapterRecord(layer_settings(model), "tiny", 0.25, content["options"])
+    adapter = load_adapter(tmp_path / "adapters.npz")
+    facts = (adapter.layers, adapter.base_model, adapter.dropout, adapter.options)
+    assert facts == (layer_configs(model), "tiny", 0.25, content["options"])
 
 
 def test_layers_of_different_ranks_and_alphas_come_back(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_layers_of_different_ranks_and_alphas_come_back(tmp_path: Path) -> None:
 
 def test_dropout_comes_back(tmp_path: Path) -> None:
     model = make_adapted()
-    save_adapter(tmp_path / "adapters.npz", model, record_of(model, dropout=0.5))
+    save_adapter(tmp_path / "adapters.npz", model, dropout=0.5)
     again = apply(tmp_path / "adapters.npz")
     again.train()
     assert not mx.array_equal(again(TOKENS), again(TOKENS))
@@ -200,7 +199,7 @@ def test_layers_that_the_model_lacks_are_all_named(tmp_path: Path) -> None:
     path = save(tmp_path / "adapters.npz", make_adapted())
     small = make_model({**LLAMA, "num_hidden_layers": 2})
     with pytest.raises(InputError) as error:
-        apply_adapter(small, *load_adapter(path), name=str(path))
+        apply_adapter(small, load_adapter(path), name=str(path))
     text = str(error.value)
     assert f"adapter {path} does not fit the model: " in text
     names = [path for path in paths_of(make_model(LLAMA)) if "layers.2" in path]
@@ -212,7 +211,7 @@ def test_tensors_of_other_shapes_are_all_named(tmp_path: Path) -> None:
     path = save(tmp_path / "adapters.npz", make_adapted())
     wide = make_model({**LLAMA, "intermediate_size": 96})
     with pytest.raises(InputError) as error:
-        apply_adapter(wide, *load_adapter(path), name="mine")
+        apply_adapter(wide, load_adapter(path), name="mine")
     text = str(error.value)
     assert f"{UP}.lora_b has shape (4, 128), the model needs (4, 96)" in text
     # Three projections in three blocks touch the width; one side of each.
@@ -222,7 +221,7 @@ def test_tensors_of_other_shapes_are_all_named(tmp_path: Path) -> None:
 
 def test_tensors_that_are_missing_or_left_over_are_named(tmp_path: Path) -> None:
     path = save(tmp_path / "adapters.npz", make_adapted())
-    tensors, _ = load_adapter(path)
+    tensors = load_adapter(path).tensors
     tensors["model.layers.0.other.lora_a"] = tensors.pop(f"{Q}.lora_a")
     del tensors[f"{UP}.lora_b"]
     mx.savez(str(path), **tensors)
@@ -237,7 +236,7 @@ def test_a_model_that_an_adapter_does_not_fit_stays_the_base_model(tmp_path: Pat
     before = dict(wide.named_modules())
     expected = wide(TOKENS)
     with pytest.raises(InputError):
-        apply_adapter(wide, *load_adapter(path), name="mine")
+        apply_adapter(wide, load_adapter(path), name="mine")
     assert all(module is before[name] for name, module in wide.named_modules())
     assert mx.array_equal(wide(TOKENS), expected)
 
@@ -258,7 +257,7 @@ def test_a_missing_adapter_tells_what_to_do(tmp_path: Path) -> None:
 def test_a_missing_record_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "adapters.safetensors", make_adapted())
     (tmp_path / RECORD_NAME).unlink()
-    expected = f"{path} does not tell what it is, and {tmp_path / RECORD_NAME} is missing"
+    expected = f"{path} does not say what it is, and {tmp_path / RECORD_NAME} is missing"
     assert refusal(path) == expected
 
 
@@ -332,7 +331,7 @@ def test_tensors_that_contradict_the_record_are_named_without_a_model(
     model = make_adapted(settings={Q: LayerConfig(4, 6.0)})
     changed = {f"{Q}.{name}": array for name, array in tensors.items()}
     kept = {n: a for n, a in (adapter_tensors(model) | changed).items() if a is not None}
-    write_adapter(tmp_path / "adapters.npz", kept, AdapterRecord(layer_settings(model)))
+    write_adapter(tmp_path / "adapters.npz", Adapter(kept, layer_configs(model)))
     with pytest.raises(InputError, match="do not agree") as error:
         load_adapter(tmp_path / "adapters.npz")
     assert expected in str(error.value)
@@ -356,8 +355,8 @@ def test_a_save_that_fails_leaves_the_old_adapter(
         Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "write_npz", fail)
-    monkeypatch.setattr(adapters.mx, "save_safetensors", fail)
+    monkeypatch.setattr(graft_format, "write_npz", fail)
+    monkeypatch.setattr(graft_format.mx, "save_safetensors", fail)
     with pytest.raises(KeyboardInterrupt):
         save(path, make_adapted(settings={Q: LayerConfig(2, 2.0)}))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -379,7 +378,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_the_record_tells_the_layers_of_the_model_itself(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapters.npz", make_adapted(settings={Q: LayerConfig(2, 2.0)}))
-    _, record = load_adapter(tmp_path / "adapters.npz")
+    record = load_adapter(tmp_path / "adapters.npz")
     assert list(record.layers) == [Q]
 
 
@@ -390,10 +389,10 @@ def test_a_record_of_ranks_and_alphas_alone_is_of_lora(tmp_path: Path) -> None:
     """As the first records were, before there were methods and kinds."""
     model = make_adapted()
     path = save(tmp_path / "adapters.npz", model)
-    old = {p: {"rank": s.rank, "alpha": s.alpha} for p, s in layer_settings(model).items()}
+    old = {p: {"rank": s.rank, "alpha": s.alpha} for p, s in layer_configs(model).items()}
     change_record(path, layers=old)
     assert mx.array_equal(apply(path)(TOKENS), model(TOKENS))
-    assert load_adapter(path)[1].layers[Q] == LayerConfig(4, 6.0, "lora")
+    assert load_adapter(path).layers[Q] == LayerConfig(4, 6.0, "lora")
 
 
 def test_the_parts_of_a_fused_projection_come_back(tmp_path: Path) -> None:
@@ -401,15 +400,15 @@ def test_the_parts_of_a_fused_projection_come_back(tmp_path: Path) -> None:
     settings = plan(model, "qkv_proj.q,qkv_proj.v,o_proj", rank=2)
     attach(model, settings)
     save_adapter(tmp_path / "adapters.npz", model)
-    tensors, record = load_adapter(tmp_path / "adapters.npz")
+    adapter = load_adapter(tmp_path / "adapters.npz")
     path = "model.layers.0.self_attn.qkv_proj"
-    assert record.layers[path].parts == settings[path].parts
-    assert record.layers[path].kind == "fused"
-    assert tensors[f"{path}.lora_a"].shape == (64, 4)
-    assert tensors[f"{path}.lora_b"].shape == (2, 64 + 32)
+    assert adapter.layers[path].parts == settings[path].parts
+    assert adapter.layers[path].kind == "fused"
+    assert adapter.tensors[f"{path}.lora_a"].shape == (64, 4)
+    assert adapter.tensors[f"{path}.lora_b"].shape == (2, 64 + 32)
     fresh = make_model(PHI3)
-    apply_adapter(fresh, tensors, record, name="a")
-    assert layer_settings(fresh) == layer_settings(model)
+    apply_adapter(fresh, adapter, name="a")
+    assert layer_configs(fresh) == layer_configs(model)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "pissa", "olora"])
@@ -419,14 +418,15 @@ def test_a_and_b_and_scale_can_be_had_without_a_model(method: str, tmp_path: Pat
     for _, layer in lora_layers(model):
         layer.lora_b = layer.lora_b + 0.1
     save_adapter(tmp_path / "adapters.npz", model)
-    factors = low_rank_factors(*load_adapter(tmp_path / "adapters.npz"), name="a")
+    adapter = load_adapter(tmp_path / "adapters.npz")
+    factors = factors_of(adapter, holder="a", kinds=(LINEAR, EMBEDDING))
     layers = dict(lora_layers(model))
     assert set(factors) == set(layers)
     for path, factor in factors.items():
         layer = layers[path]
         product = factor.scale * factor.a @ factor.b
-        delta = layer.delta() if factor.kind == "embedding" else layer.delta().T
-        assert factor.kind == layer.kind and factor.scale == layer.scale
+        delta = layer.delta() if factor.kind is EMBEDDING else layer.delta().T
+        assert factor.kind.name == layer.kind and factor.scale == layer.scale
         assert mx.allclose(product, delta, atol=1e-5)
 
 
@@ -439,15 +439,15 @@ def test_layers_that_are_more_than_a_product_are_all_named(tmp_path: Path) -> No
     }
     attach(model, settings)
     save_adapter(tmp_path / "adapters.npz", model)
-    tensors, record = load_adapter(tmp_path / "adapters.npz")
+    adapter = load_adapter(tmp_path / "adapters.npz")
     with pytest.raises(InputError) as error:
-        low_rank_factors(tensors, record, name="a")
+        factors_of(adapter, holder="a", kinds=(LINEAR,))
     said = str(error.value)
     assert "model.norm (lora, a vector)" in said and "q_proj" not in said
     assert said.count("(dora)") == said.count("(ia3)") == 3
-    alone = AdapterRecord({Q: record.layers[Q], UP: LayerConfig(1, 1.0)})
+    alone = Adapter(adapter.tensors, {Q: adapter.layers[Q], UP: LayerConfig(1, 1.0)})
     with pytest.raises(InputError, match=r"lacks .*up_proj\.lora_a, .*up_proj\.lora_b"):
-        low_rank_factors(tensors, alone, name="a")
+        factors_of(alone, holder="a", kinds=(LINEAR,))
 
 
 def test_several_methods_in_one_adapter_come_back(tmp_path: Path) -> None:

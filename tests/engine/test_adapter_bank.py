@@ -32,7 +32,7 @@ def bank_of(model: nn.Module, **limits: int) -> AdapterBank:
 
 
 def install(bank: AdapterBank, adapter: Adapter) -> BankFactors:
-    factors = make_factors(*adapter, bank.model, bank.modules, name="a")
+    factors = make_factors(adapter, bank.model, bank.modules, name="a")
     for _ in bank.install(factors):
         pass
     return factors
@@ -120,10 +120,10 @@ def test_an_embedding_is_adapted_with_the_output_tied_to_it(kind: str | None, bi
         nn.quantize(model, group_size=32, bits=bits)
         suit_backend(model)
     both = make_adapter(model, targets="embed_tokens,q_proj", rank=3, seed=1)
-    tensors, record = make_adapter(model, targets="embed_tokens", rank=5, seed=2)
+    adapter = make_adapter(model, targets="embed_tokens", rank=5, seed=2)
     path = "model.embed_tokens"
-    record.layers[path] = LayerConfig(5, 16.0, kind=kind)
-    adapters = [both, (tensors, record)]
+    adapter.layers[path] = LayerConfig(5, 16.0, kind=kind)
+    adapters = [both, adapter]
     expected = [logits_with(model, TOKENS[:3], adapter) for adapter in (*adapters, None)]
     bank = bank_of(model)
     logits = mixed(bank, [((install(bank, adapter), 1.0),) for adapter in adapters] + [()])
@@ -181,9 +181,9 @@ def test_several_adapters_in_a_row_are_the_sum_of_their_changes() -> None:
     scales = [1.0, -0.5, 2.0]
     summed = copy.deepcopy(model)
     modules = dict(summed.named_modules())
-    for (tensors, record), scale in zip(adapters, scales, strict=True):
-        for path, setting in record.layers.items():
-            a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+    for adapter, scale in zip(adapters, scales, strict=True):
+        for path, setting in adapter.layers.items():
+            a, b = adapter.tensors[f"{path}.lora_a"], adapter.tensors[f"{path}.lora_b"]
             change = scale * setting.alpha / setting.rank * (a @ b).T
             modules[path].weight = modules[path].weight + change
     expected = logits_with(summed, TOKENS[:3], None)
@@ -255,7 +255,7 @@ def test_rows_are_right_between_the_steps_of_a_change() -> None:
     expected = [logits_with(model, TOKENS[:3], adapter) for adapter in adapters]
     bank = bank_of(model)
     factors = [install(bank, adapter) for adapter in adapters[:3]]
-    new = make_factors(*adapters[3], model, bank.modules, name="a")
+    new = make_factors(adapters[3], model, bank.modules, name="a")
     checks = 0
     # The first leaves: the last of the stack takes its place while rows run with it.
     for change, used in ((bank.remove(factors[0]), (1, 2)), (bank.install(new), (1, 2))):

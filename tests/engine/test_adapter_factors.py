@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from graft.adapters.files import AdapterRecord, write_adapter
+from graft.adapters.adapter import Adapter
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.rotary import interleave
+from graft.cli.export import main as export
 from graft.engine.adapter_factors import (
     BankFactors,
     check_rank,
@@ -14,7 +16,6 @@ from graft.engine.adapter_factors import (
 )
 from graft.engine.errors import AdapterDoesNotFit, AdapterNotFound, RankTooLarge
 from graft.errors import InputError
-from graft.exporting.adapter import main as export
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 from support.fast_cases import ARCHITECTURES, SMALL
-from support.served import Adapter, make_adapter, write
+from support.served import make_adapter, write
 from support.tiny import LLAMA, make_model, write_model
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -33,7 +34,7 @@ def read(path: Path, model: nn.Module) -> BankFactors:
 
 
 def make(adapter: Adapter, model: nn.Module) -> BankFactors:
-    return make_factors(*adapter, model, dict(model.named_modules()), name="a")
+    return make_factors(adapter, model, dict(model.named_modules()), name="a")
 
 
 @pytest.mark.parametrize(
@@ -45,13 +46,13 @@ def test_the_width_is_the_next_power_of_two(rank: int, width: int) -> None:
 
 def test_factors_are_padded_and_hold_the_scale() -> None:
     model = make_model(LLAMA)
-    tensors, record = make_adapter(model, targets="q_proj", rank=3, alpha=12.0)
-    factors = make((tensors, record), model)
+    adapter = make_adapter(model, targets="q_proj", rank=3, alpha=12.0)
+    factors = make(adapter, model)
     a, b = factors.layers[Q]
     assert (factors.rank, factors.width, a.shape, b.shape) == (3, 8, (64, 8), (8, 64))
-    assert np.array_equal(a[:, :3], np.array(tensors[f"{Q}.lora_a"])) and not a[:, 3:].any()
-    assert np.array_equal(b[:3], 4 * np.array(tensors[f"{Q}.lora_b"])) and not b[3:].any()
-    assert factors.paths == frozenset(record.layers)
+    assert np.array_equal(a[:, :3], np.array(adapter.tensors[f"{Q}.lora_a"])) and not a[:, 3:].any()
+    assert np.array_equal(b[:3], 4 * np.array(adapter.tensors[f"{Q}.lora_b"])) and not b[3:].any()
+    assert factors.paths == frozenset(adapter.layers)
 
 
 def test_equal_content_has_one_digest_and_other_content_another() -> None:
@@ -79,10 +80,10 @@ def test_every_format_gives_the_same_factors(form: str, tmp_path: Path) -> None:
 
 def test_rows_of_q_in_another_order_are_put_into_the_model_s() -> None:
     model = make_model(LLAMA)
-    tensors, record = make_adapter(model, targets="q_proj", rank=4)
-    moved = {n: interleave(a, 4) if n.endswith("lora_b") else a for n, a in tensors.items()}
-    theirs = make((moved, AdapterRecord(record.layers, rotary="interleaved")), model)
-    own = make((tensors, record), model)
+    adapter = make_adapter(model, targets="q_proj", rank=4)
+    moved = {n: interleave(a, 4) if n.endswith("lora_b") else a for n, a in adapter.tensors.items()}
+    theirs = make(Adapter(moved, adapter.layers, rotary="interleaved"), model)
+    own = make(adapter, model)
     assert np.array_equal(theirs.layers[Q][1], own.layers[Q][1])
 
 
@@ -117,17 +118,18 @@ def test_what_rows_cannot_have_of_their_own_is_named(targets: str, method: str, 
         for path, _ in model.named_modules()
         if path.endswith(targets) and path.startswith("model.")
     ]
-    record = AdapterRecord({path: LayerConfig(1, 4.0, method) for path in paths})
+    adapter = Adapter({}, {path: LayerConfig(1, 4.0, method) for path in paths})
     with pytest.raises(AdapterDoesNotFit, match=said):
-        make(({}, record), model)
+        make(adapter, model)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
     model = make_model(LLAMA)
-    tensors, record = make_adapter(model, targets="q_proj")
-    tensors[f"{Q}.lora_b"] = mx.full(tensors[f"{Q}.lora_b"].shape, mx.inf)
+    adapter = make_adapter(model, targets="q_proj")
+    b = adapter.tensors[f"{Q}.lora_b"]
+    adapter.tensors[f"{Q}.lora_b"] = mx.full(b.shape, mx.inf)
     with pytest.raises(AdapterDoesNotFit, match=r"layers\.0\.self_attn\.q_proj holds numbers"):
-        make((tensors, record), model)
+        make(adapter, model)
 
 
 def test_a_rank_above_the_limit_is_told_with_it() -> None:
@@ -145,7 +147,7 @@ def test_no_file_is_not_found_and_a_damaged_one_is_said_to_be(tmp_path: Path) ->
     folder = tmp_path / "torn"
     folder.mkdir()
     adapter = make_adapter(model, targets="q_proj")
-    write_adapter(folder / "adapters.safetensors", *adapter)
+    write_adapter(folder / "adapters.safetensors", adapter)
     whole = (folder / "adapters.safetensors").read_bytes()
     (folder / "adapters.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="damaged"):

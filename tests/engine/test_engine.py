@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.adapter import Adapter
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import AdapterRecord
 from graft.adapters.targets import plan
 from graft.engine.engine import Engine
 from graft.engine.errors import (
@@ -29,7 +29,7 @@ from mlx.utils import tree_map
 
 from support.engines import NAMES, alone, ids_of, prompt_of
 from support.fast_cases import ARCHITECTURES, SMALL
-from support.served import Adapter, attached, logits_with, make_adapter, write
+from support.served import attached, logits_with, make_adapter, write
 from support.tiny import LLAMA, QWEN2, make_model, write_hugging_face_tokenizer, write_model
 
 # Rows
@@ -141,7 +141,7 @@ def test_several_adapters_and_scales_in_a_row(
     scales = [{"four": -0.5}, {"four": 2}, {"four": 0.0, "two": 0}, {"two": 1, "four": -2.0}]
     # These two are of different layers, so that they can be attached as one.
     negative = {n: -2 * a if n.endswith("lora_b") else a for n, a in four[0].items()}
-    both = {**two[0], **negative}, AdapterRecord({**two[1].layers, **four[1].layers})
+    both = Adapter({**two.tensors, **negative}, {**two.layers, **four.layers})
     expected = [
         alone(model, prompt, four, 10, -0.5),
         alone(model, prompt, four, 10, 2.0),

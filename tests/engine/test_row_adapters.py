@@ -41,7 +41,7 @@ def test_slots_are_made_anew_when_rows_or_bank_change() -> None:
     model = make_model(LLAMA)
     adapter = make_adapter(model, targets="q_proj")
     bank = AdapterBank(model, max_adapters=2, max_rank=8)
-    first, second = (make_factors(*adapter, model, bank.modules, name="a") for _ in range(2))
+    first, second = (make_factors(adapter, model, bank.modules, name="a") for _ in range(2))
     for factors in (first, second):
         list(bank.install(factors))
     entry = RowAdapters([((second, 1.0),), ()])
@@ -70,7 +70,7 @@ def test_the_generator_moves_adapters_with_their_rows() -> None:
     rows: list[ScaledAdapters] = [()]
     for adapter in adapters[1:]:
         assert adapter is not None
-        rows.append(((make_factors(*adapter, model, bank.modules, name="a"), 1.0),))
+        rows.append(((make_factors(adapter, model, bank.modules, name="a"), 1.0),))
         list(bank.install(rows[-1][0][0]))
     adapted: Any = MultiAdapterModel(model, bank)
     generator = BatchGenerator(adapted, prefill_batch_size=2, prefill_step_size=3)

@@ -1,12 +1,18 @@
 """graft/exporting/adapter.py: what the command makes of an adapter, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+from graft.adapters.adapter import Adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats import FORMATS
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
-from graft.exporting import adapter as exporting
+from graft.cli import export as exporting
+from graft.exporting.model_card import write_card
+from graft.exporting.publish import make_card
 
 import mlx.core as mx
 import pytest
@@ -24,8 +30,8 @@ def run(tmp_path: Path) -> Path:
         f"{Q}.lora_a": 0.1 * mx.random.normal((64, 4), key=mx.random.key(0)),
         f"{Q}.lora_b": 0.1 * mx.random.normal((4, 64), key=mx.random.key(1)),
     }
-    record = AdapterRecord({Q: LayerConfig(4, 6.0)}, str(tmp_path / "base"))
-    write_adapter(tmp_path / "run" / "adapters.npz", tensors, record)
+    adapter = Adapter(tensors, {Q: LayerConfig(4, 6.0)}, str(tmp_path / "base"))
+    write_adapter(tmp_path / "run" / "adapters.npz", adapter)
     return tmp_path
 
 
@@ -35,12 +41,12 @@ def test_the_base_of_the_record_is_enough(
 ) -> None:
     out = run / ("a.gguf" if form == "gguf" else "out")
     assert exporting.main([str(run / "run"), "--to", form, "--out", str(out)]) == 0
-    told = f"{run / 'base'}, a place on this machine (--model OWNER/NAME names one for all)"
-    said = f"wrote {out}: 1 layers; as base model it names {told}\n"
+    base = f"{run / 'base'}, a path on this machine (--model OWNER/NAME records a Hub name)"
+    said = f"wrote {out}: 1 layers; recorded base model: {base}\n"
     assert capsys.readouterr().out == said
     first, again = load_adapter(run / "run"), load_adapter(out)
-    assert {p: (s.rank, s.alpha) for p, s in again[1].layers.items()} == {Q: (4, 6.0)}
-    assert mx.array_equal(first[0][f"{Q}.lora_a"], again[0][f"{Q}.lora_a"])
+    assert {p: (s.rank, s.alpha) for p, s in again.layers.items()} == {Q: (4, 6.0)}
+    assert mx.array_equal(first.tensors[f"{Q}.lora_a"], again.tensors[f"{Q}.lora_a"])
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -64,9 +70,9 @@ def test_an_adapter_of_no_model_folder_is_exported_as_it_is(run: Path) -> None:
     """Such as one that was trained with Graft's layers in a model of one's own."""
     path = run / "own" / "adapters.npz"
     tensors = {"tower.q_proj.lora_a": mx.ones((6, 2)), "tower.q_proj.lora_b": mx.ones((2, 4))}
-    write_adapter(path, tensors, AdapterRecord({"tower.q_proj": LayerConfig(2, 2.0)}))
+    write_adapter(path, Adapter(tensors, {"tower.q_proj": LayerConfig(2, 2.0)}))
     assert exporting.main([str(path), "--to", "peft", "--out", str(run / "out")]) == 0
-    again, _ = load_adapter(run / "out")
+    again = load_adapter(run / "out").tensors
     assert mx.array_equal(again["tower.q_proj.lora_b"], tensors["tower.q_proj.lora_b"])
 
 
@@ -78,8 +84,8 @@ def test_the_hub_s_name_of_the_base_goes_before_a_place_on_this_machine(
     (run / "base" / "config.json").write_text(json.dumps({**config, "_name_or_path": "owner/base"}))
     out = run / ("a.gguf" if form == "gguf" else "out")
     assert exporting.main([str(run / "run"), "--to", form, "--out", str(out)]) == 0
-    assert "as base model it names owner/base\n" in capsys.readouterr().out
-    assert load_adapter(out)[1].base_model == "owner/base"
+    assert "recorded base model: owner/base\n" in capsys.readouterr().out
+    assert load_adapter(out).base_model == "owner/base"
 
 
 def test_a_gguf_that_tells_its_order_goes_to_peft_with_the_base_named(
@@ -93,7 +99,7 @@ def test_a_gguf_that_tells_its_order_goes_to_peft_with_the_base_named(
     assert "--model" in said and said.count("\n") == 1
     model = ["--model", str(run / "moved")]
     assert exporting.main([gguf, "--to", "peft", "--out", out, *model]) == 0
-    first, again = load_adapter(run / "run")[0], load_adapter(run / "out")[0]
+    first, again = load_adapter(run / "run").tensors, load_adapter(run / "out").tensors
     assert mx.array_equal(first[f"{Q}.lora_b"], again[f"{Q}.lora_b"])
 
 
@@ -132,12 +138,11 @@ def test_what_exists_is_replaced_with_force_alone(
 
 
 def test_a_card_tells_no_place_of_this_machine(run: Path) -> None:
-    _, record = load_adapter(run / "run")
-    card = exporting.make_card("me/mine", "peft", record, run / "run" / "adapters.npz")
-    text = exporting.write_card(card)
+    adapter = load_adapter(run / "run")
+    usage, source = FORMATS["peft"].usage, run / "run" / "adapters.npz"
+    assert usage is not None
+    text = write_card(make_card("me/mine", usage, adapter, source))
     assert str(run) not in text and "base_model" not in text
-    told = exporting.make_card(
-        "me/mine", "peft", AdapterRecord(record.layers, "owner/base"), run / "run" / "adapters.npz"
-    )
-    assert 'base_model: "owner/base"' in exporting.write_card(told)
-    assert json.dumps("owner/base") in exporting.write_card(told)
+    named = make_card("me/mine", usage, replace(adapter, base_model="owner/base"), source)
+    assert 'base_model: "owner/base"' in write_card(named)
+    assert json.dumps("owner/base") in write_card(named)

@@ -6,9 +6,9 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import AdapterRecord, save_adapter
+from graft.adapters.files import load_adapter, save_adapter
 from graft.adapters.targets import plan
-from graft.exporting import describe as inspecting
+from graft.cli import inspect as inspecting
 from graft.exporting.describe import describe
 
 import mlx.core as mx
@@ -53,8 +53,8 @@ def test_norms_are_those_of_the_layers_deltas(
 ) -> None:
     model = adapted(config, targets, method)
     path = tmp_path / "adapters.npz"
-    save_adapter(path, model, AdapterRecord({}, "tiny"))
-    found = describe(*inspecting.load_adapter(path))["layers"]
+    save_adapter(path, model, base_model="tiny")
+    found = describe(load_adapter(path))["layers"]
     assert found.keys() == dict(lora_layers(model)).keys()
     for name, layer in lora_layers(model):
         expected = np.linalg.norm(np.array(layer.delta()))
@@ -67,7 +67,7 @@ def test_the_table_and_json_tell_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "adapters.npz"
-    save_adapter(path, adapted(LLAMA, "q_proj", "lora"), AdapterRecord({}, "tiny"))
+    save_adapter(path, adapted(LLAMA, "q_proj", "lora"), base_model="tiny")
     assert inspecting.main([str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["format"], found["base_model"], found["parameters"]) == ("graft", "tiny", 3 * 512)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.adapters.adapter import apply_adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats.graft import write_adapter
 from graft.cli import fuse as fusing
 from graft.pretrained.load import load_model, read_model
 from graft.quantization.divergence import compare, take_sample
@@ -16,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from support.fusion_cases import adapter_of
+from support.fusion_cases import adapted
 from support.paths import ROOT
 from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
@@ -28,8 +30,8 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     weights = mx.load(str(base / "model.safetensors"))
     floats = {n: a.astype(request.param) for n, a in weights.items() if a.dtype == mx.float32}
     mx.save_safetensors(str(base / "model.safetensors"), {**weights, **floats})
-    model, record, _ = adapter_of(base, size=0.06)
-    save_adapter(tmp_path / "run" / "adapters.npz", model, record)
+    _, adapter = adapted(base, size=0.06)
+    write_adapter(tmp_path / "run" / "adapters.npz", adapter)
     # One of each pair is compared on, the other shows what inputs are like.
     pairs = [text for text in TEXTS for _ in range(2)]
     write_rows(tmp_path / "data", train=TEXTS, valid=pairs)
@@ -56,8 +58,8 @@ def test_what_is_compared_is_said(run: Path, capsys: pytest.CaptureFixture[str])
     model, tokenizer, _ = load_model(run / "base")
     found, _ = read_model(run / "out")
     tokens = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in TEXTS]
-    tensors, record = load_adapter(run / "run" / "adapters.npz")
-    apply_adapter(model, tensors, record, name="a")
+    adapter = load_adapter(run / "run" / "adapters.npz")
+    apply_adapter(model, adapter, name="a")
     model.eval()
     total, count, losses = 0.0, 0, [0.0, 0.0]
     for row in tokens:  # by hand, a row at a time
@@ -114,8 +116,8 @@ def test_regard_to_inputs_comes_before_more_bits(
 def test_layers_without_an_adapter_that_q_bits_rounds_get_care_and_bits_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, record, _ = adapter_of(write_model(tmp_path / "base"), "q_proj", size=0.06)
-    save_adapter(tmp_path / "run" / "adapters.npz", model, record)
+    _, adapter = adapted(write_model(tmp_path / "base"), "q_proj", size=0.06)
+    write_adapter(tmp_path / "run" / "adapters.npz", adapter)
     write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS * 2)
     assert command(tmp_path, "--q-bits", "4", "--max-kl", "1e-3") == 0
     assert number(capsys.readouterr().out, "mean KL divergence") <= 1e-3
@@ -174,8 +176,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_a_fused_model_of_no_numbers_is_not_written(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, record, _ = adapter_of(run / "base", "v_proj", size=1e3)
-    save_adapter(run / "run" / "adapters.npz", model, record)
+    _, adapter = adapted(run / "base", "v_proj", size=1e3)
+    write_adapter(run / "run" / "adapters.npz", adapter)
     assert command(run, "--max-kl", "100") == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "has a loss of nan" in said and said.count("\n") == 1
@@ -213,8 +215,8 @@ def test_a_fused_4_bit_model_keeps_95_percent_of_the_gain(
     split = load_splits(data, tokenizer, ["test"], max_length=256)["test"]
     rows = sample_rows(split.examples, 40, seed=1)
     before = measured(model, rows, tmp_path)
-    tensors, record = load_adapter(adapter)
-    apply_adapter(model, tensors, record, name="a")
+    trained = load_adapter(adapter)
+    apply_adapter(model, trained, name="a")
     model.eval()
     adapted = measured(model, rows, tmp_path)
     fused = read_model(tmp_path / "out")[0]

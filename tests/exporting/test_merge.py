@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import Adapter, apply_adapter
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import AdapterRecord, apply_adapter, load_adapter, write_adapter
-from graft.adapters.formats import Adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.targets import plan
+from graft.cli.extract import main as extract_command
+from graft.cli.merge import main as merge_command
 from graft.errors import InputError
-from graft.exporting import merge as merging
+from graft.exporting.extract import extract
 from graft.exporting.fused_model import Fusion, write_fused_model
-from graft.exporting.merge import decompose, differences, extract, merge, shrink, ties, trim
+from graft.exporting.merge import dare, decompose, differences, merge, shrink, ties, trim
 from graft.pretrained.load import read_model
 
 import mlx.core as mx
@@ -47,7 +50,7 @@ def make_adapter(
 
 def deltas(adapter: Adapter, config: dict[str, Any] = LLAMA) -> dict[str, np.ndarray]:
     model = make_model(config)
-    apply_adapter(model, adapter.tensors, AdapterRecord(adapter.layers), name="test")
+    apply_adapter(model, adapter, name="test")
     return {path: np.array(layer.delta()) for path, layer in lora_layers(model)}
 
 
@@ -80,11 +83,11 @@ def test_what_adapters_do_not_share_is_said_once() -> None:
     assert differences(["a", "b"], [one, one]) == []
     layers = "model.layers.{}.mlp.down_proj".format
     assert differences(["a", "b"], [one, replace(two, base_model="x/y")]) == [
-        "their records name other base models, taken for one (a: None, b: x/y)",
-        f"b has no change of {layers(0)}, {layers(1)}, {layers(2)}: taken for a change of 0",
+        "their records name different base models (a: None, b: x/y)",
+        f"b does not adapt {layers(0)}, {layers(1)}, {layers(2)}: counted as no change",
     ]
     (note,) = differences(["a", "b"], [make_adapter(0, targets="all-linear"), two])
-    assert "b has no change of" in note and " and 15 more: " in note
+    assert "b does not adapt" in note and " and 15 more: " in note
 
 
 def test_a_layer_that_one_adapter_lacks_counts_as_no_change() -> None:
@@ -140,7 +143,7 @@ def test_ties_by_hand() -> None:
 
 def test_dare_keeps_the_expectation_and_is_seeded() -> None:
     delta = mx.ones((200, 200))
-    found = merging.dare([delta], [0.5], 0.25, mx.random.key(0))
+    found = dare([delta], [0.5], 0.25, mx.random.key(0))
     assert set(np.unique(np.array(found))) == {0.0, 2.0}
     assert mx.mean(found).item() == pytest.approx(0.5, abs=0.01)
     one, two = make_adapter(1), make_adapter(2)
@@ -183,12 +186,12 @@ def test_ties_equals_peft() -> None:
 def test_a_merge_equals_peft(method: str, tmp_path: Path) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    from graft.adapters.formats import WRITERS
+    from graft.adapters.formats.peft import write_peft
 
     write_model(tmp_path / "base")
     one, two = make_adapter(1), make_adapter(2)
     for name, adapter in (("one", one), ("two", two)):
-        WRITERS["peft"](adapter, tmp_path / name)
+        write_peft(adapter, tmp_path / name)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "one", adapter_name="one")
     model.load_adapter(tmp_path / "two", adapter_name="two")
@@ -202,7 +205,7 @@ def test_a_merge_equals_peft(method: str, tmp_path: Path) -> None:
         expected = model(torch.tensor(IDS.tolist())).logits.numpy()
     merged, _ = merge([one, two], [0.7, 0.3], method=method, rank=settings.get("svd_rank"))
     ours = make_model(LLAMA)
-    apply_adapter(ours, merged.tensors, AdapterRecord(merged.layers), name="merged")
+    apply_adapter(ours, merged, name="merged")
     ours.eval()
     np.testing.assert_allclose(np.array(ours(IDS)), expected, atol=1e-4)
 
@@ -211,7 +214,7 @@ def test_a_merge_equals_peft(method: str, tmp_path: Path) -> None:
 
 
 def save(folder: Path, adapter: Adapter) -> str:
-    write_adapter(folder / "adapters.npz", adapter.tensors, AdapterRecord(adapter.layers))
+    write_adapter(folder / "adapters.npz", adapter)
     return str(folder)
 
 
@@ -222,14 +225,14 @@ def test_merge_writes_an_adapter_and_prints_the_lost_energy(
     names = [save(tmp_path / "1", one), save(tmp_path / "2", two)]
     out = str(tmp_path / "out")
     arguments = ["--weights", "0.7,0.3", "--method", "svd", "--rank", "5", "--out", out]
-    assert merging.main_merge([*names, *arguments]) == 0
+    assert merge_command([*names, *arguments]) == 0
     printed = capsys.readouterr().out
     merged, losses = merge([one, two], [0.7, 0.3], method="svd", rank=5)
     assert "6 layers, rank 5" in printed
     assert f"most {max(losses.values()):.2%}" in printed
-    tensors, record = load_adapter(Path(out))
-    assert record.layers.keys() == merged.layers.keys()
-    assert all(mx.array_equal(tensors[name], array) for name, array in merged.tensors.items())
+    adapter = load_adapter(Path(out))
+    assert adapter.layers.keys() == merged.layers.keys()
+    assert all(mx.array_equal(adapter.tensors[n], array) for n, array in merged.tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ def test_merge_refuses_in_one_line(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [save(tmp_path / str(n), make_adapter(n)) for n in (1, 2)]
-    assert merging.main_merge([*names, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert merge_command([*names, *arguments, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and named in said
     assert not (tmp_path / "out").exists()
@@ -268,10 +271,7 @@ def test_extract_finds_the_adapter_that_was_fused(
     base = write_model(tmp_path / "base", config, bits=bits)
     adapter = make_adapter(1, config=config, targets="all-linear,embed_tokens")
     (tmp_path / "tuned").mkdir()
-    record = AdapterRecord(adapter.layers)
-    write_fused_model(
-        Fusion(str(base), adapter.tensors, record, dequantize=True), tmp_path / "tuned"
-    )
+    write_fused_model(Fusion(str(base), adapter, dequantize=True), tmp_path / "tuned")
     found, losses, notes = extract(str(base), str(tmp_path / "tuned"), rank=4)
     assert found.layers.keys() == adapter.layers.keys() and notes == []
     assert max(losses.values()) < 1e-4
@@ -290,10 +290,10 @@ def test_extract_keeps_norms_whole_and_writes_a_file(
     mx.save_safetensors(str(tuned / "model.safetensors"), {**weights, **changed})
     names = ["--base", str(base), "--tuned", str(tuned)]
     out = ["--rank", "64", "--out", str(tmp_path / "out" / "a.npz")]
-    assert merging.main_extract([*names, *out]) == 0
+    assert extract_command([*names, *out]) == 0
     assert "energy lost: mean 0.00%" in capsys.readouterr().out
     model, _ = read_model(base)
-    apply_adapter(model, *load_adapter(tmp_path / "out" / "a.npz"), name="a")
+    apply_adapter(model, load_adapter(tmp_path / "out" / "a.npz"), name="a")
     model.eval()
     np.testing.assert_allclose(np.array(model(IDS)), np.array(read_model(tuned)[0](IDS)), atol=1e-4)
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.files import AdapterRecord, load_adapter, write_adapter
+from graft.adapters.adapter import Adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.pretrained.hub import is_repo_name
 
@@ -59,8 +61,8 @@ def run(tmp_path: Path) -> Path:
         f"{Q}.lora_b": 0.1 * mx.random.normal((4, 64), key=mx.random.key(1)),
     }
     options = {"data": "data", "learning_rate": 1e-4, "seed": 0}
-    record = AdapterRecord({Q: LayerConfig(4, 6.0)}, "base", options=options)
-    write_adapter(tmp_path / "run" / "adapters.npz", tensors, record)
+    adapter = Adapter(tensors, {Q: LayerConfig(4, 6.0)}, "base", options=options)
+    write_adapter(tmp_path / "run" / "adapters.npz", adapter)
     rows = [{"kind": "eval", "split": "valid", "loss": loss} for loss in (3.5, 2.25)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
@@ -145,7 +147,7 @@ def test_training_starts_and_measures_with_an_adapter_of_the_hub(hub: Hub, run: 
     more = ["--resume-adapter-file", "a/b", "--adapter-file", "more/adapters.npz"]
     done = command(hub, run, *train, *more, "--learning-rate", "0")
     assert done.returncode == 0, done.stderr
-    before, after = (load_adapter(run / name)[0] for name in ("run", "more"))
+    before, after = (load_adapter(run / name).tensors for name in ("run", "more"))
     assert all(mx.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 

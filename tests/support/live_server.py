@@ -12,7 +12,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.attach import attach, detach, lora_layers
-from graft.adapters.files import AdapterRecord, save_adapter
+from graft.adapters.files import save_adapter
 from graft.adapters.targets import plan
 from graft.engine.engine import Engine
 from graft.pretrained.load import load_model
@@ -37,7 +37,7 @@ def write_adapter(folder: Path, model: nn.Module, targets: str, rank: int, seed:
     for _, layer in lora_layers(model):
         tensors = layer.tensors()
         layer.load({name: 0.3 * mx.random.normal(old.shape) for name, old in tensors.items()})
-    save_adapter(folder / "adapters.safetensors", model, AdapterRecord({}))
+    save_adapter(folder / "adapters.safetensors", model)
     detach(model)
     return folder
 

@@ -2,23 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.adapter import Adapter, adapter_of, apply_adapter
 from graft.adapters.attach import attach, detach, lora_layers
-from graft.adapters.files import (
-    AdapterRecord,
-    adapter_tensors,
-    apply_adapter,
-    layer_settings,
-    write_adapter,
-)
+from graft.adapters.formats.graft import write_adapter
 from graft.adapters.targets import plan
 
 import mlx.core as mx
 import mlx.nn as nn
-
-Adapter = tuple[dict[str, mx.array], AdapterRecord]
 
 # Of different ranks and targets, one of them for the output and one for a single layer.
 PLANS: dict[str, dict[str, Any]] = {
@@ -40,8 +34,8 @@ def make_adapter(model: nn.Module, *, seed: int = 0, **settings: Any) -> Adapter
         key = mx.random.key(1000 * seed + number)
         noise = 0.05 * mx.random.normal(tensors["lora_b"].shape, key=key)
         layer.load({**tensors, "lora_b": tensors["lora_b"] + noise})
-    adapter = adapter_tensors(model), AdapterRecord(layer_settings(model))
-    mx.eval(adapter[0])
+    adapter = adapter_of(model)
+    mx.eval(adapter.tensors)
     detach(model)
     return adapter
 
@@ -56,16 +50,15 @@ def write_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
 
 def write(folder: Path, adapter: Adapter) -> Path:
     folder.mkdir(parents=True)
-    write_adapter(folder / "adapters.safetensors", *adapter)
+    write_adapter(folder / "adapters.safetensors", adapter)
     return folder
 
 
 @contextmanager
 def attached(model: nn.Module, adapter: Adapter, scale: float = 1.0) -> Iterator[nn.Module]:
     """The model with an adapter attached as for training, its update times `scale`."""
-    tensors, record = adapter
-    halves = {n: scale * a if n.endswith("lora_b") else a for n, a in tensors.items()}
-    apply_adapter(model, halves, record, name="a")
+    halves = {n: scale * a if n.endswith("lora_b") else a for n, a in adapter.tensors.items()}
+    apply_adapter(model, replace(adapter, tensors=halves), name="a")
     try:
         yield model
     finally:

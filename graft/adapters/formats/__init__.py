@@ -1,107 +1,137 @@
-"""Adapters in every form that other tools have: found by content, read, and written.
+"""Adapter formats: each module of this folder reads, writes and describes one tool's files.
 
-Every reader gives an `Adapter` and every writer takes one, so that each form needs one of each.
-Graft's own files are `graft.adapters.files`' matter.
+A module defines `FORMAT`, and that is all that registers it: `--to`, `graft inspect`, the readers
+and the model card follow from the records. Every reader returns an `Adapter` and every writer
+takes one.
 """
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from graft.adapters.factors import Adapter
-from graft.adapters.formats.ggla import MAGIC as GGLA_MAGIC
-from graft.adapters.formats.ggla import read_ggla
-from graft.adapters.formats.gguf import MAGIC as GGUF_MAGIC
-from graft.adapters.formats.gguf import read_gguf, write_gguf
-from graft.adapters.formats.mlx_lm import read_mlx_lm, write_mlx_lm
-from graft.adapters.formats.npz import read_npz
-from graft.adapters.formats.peft import read_peft, write_peft
+from graft.adapters.adapter import Adapter
 from graft.errors import InputError
 from graft.storage.json_file import read_json
 
-__all__ = ["READERS", "WRITERS", "Adapter", "detect", "find_file", "read_adapter"]
+RECORD_NAME = "adapter_config.json"
 
-CONFIG = "adapter_config.json"
-# What a folder's adapter may be called, in the order in which it is looked for.
-FILES = (
-    *("adapters.safetensors", "adapters.npz", "adapter_model.safetensors", "adapter_model.bin"),
-    "ggml-adapter-model.bin",
-)
-READERS: dict[str, Callable[[Path], Adapter]] = {
-    "npz": read_npz,
-    "mlx-lm": read_mlx_lm,
-    "peft": read_peft,
-    "gguf": read_gguf,
-    "ggla": read_ggla,
-}
-WRITERS = {"mlx-lm": write_mlx_lm, "peft": write_peft, "gguf": write_gguf}
+
+@dataclass(frozen=True)
+class Usage:
+    """How the files on the Hub are used, for a model card.
+
+    Attributes:
+        tool: that loads them.
+        library: the Hub's `library_name`.
+        text: Markdown; `{base}`, `{name}`, `{folder}` and `{file}` become the base model, the
+            repository, its name without the owner and the file with the weights.
+    """
+
+    tool: str
+    library: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One tool's files of an adapter.
+
+    Attributes:
+        name: in `--to` and in what `graft inspect` prints.
+        files: names or globs of a folder's file with the tensors.
+        magic: the first bytes of a file that needs no record to be recognized.
+        recognizes: (first four bytes, content of adapter_config.json beside the file) -> whether
+            the file has this format; true for one format at most.
+        read: (path, alpha or `None`) -> the adapter; alpha is for files that record none.
+        write: (adapter, path, *, base, force) -> what had to be changed to fit, a line each; `base`
+            is the base model's configuration or `None`, `force` replaces what exists. `None` if
+            the format is only read.
+        usage: for a model card, if the format is written.
+        aliases: other names that `--to` takes.
+        suffix: of the file that is written; empty if a folder is written.
+        companions: files beside the file of tensors that belong to it.
+        embedded_by_default: whether no base model in the record means the embedded one.
+    """
+
+    name: str
+    files: Sequence[str]
+    read: Callable[[Path, float | None], Adapter]
+    magic: bytes = b""
+    recognizes: Callable[[bytes, Mapping[str, Any]], bool] = lambda start, config: False
+    write: Callable[..., list[str]] | None = None
+    usage: Usage | None = None
+    aliases: Sequence[str] = ()
+    suffix: str = ""
+    companions: Sequence[str] = ()
+    embedded_by_default: bool = False
+
+
+def _load_formats() -> dict[str, Format]:
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    formats = [importlib.import_module(f"{__name__}.{name}").FORMAT for name in modules]
+    return {format.name: format for format in formats}
+
+
+def writable_formats() -> dict[str, Format]:
+    """The formats that `--to` takes, by all their names."""
+    return {
+        name: format
+        for format in FORMATS.values()
+        if format.write is not None
+        for name in (format.name, *format.aliases)
+    }
+
+
+def file_patterns() -> list[str]:
+    """Names and globs of all formats' files with tensors, globs last."""
+    patterns = dict.fromkeys(pattern for format in FORMATS.values() for pattern in format.files)
+    return sorted(patterns, key=lambda pattern: "*" in pattern)
 
 
 def find_file(path: Path) -> Path:
-    """The file with the tensors, where a folder is named.
+    """The file with the tensors: `path` itself, or the one in the folder that it names.
 
     Raises:
-        InputError: there is no adapter, or more than one.
+        InputError: the folder holds no adapter, or more than one.
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in FILES if (path / name).is_file()]
-    found = found or sorted(path.glob("*.gguf"))
-    if not found:
-        raise InputError(f"{path} holds no adapter: none of {', '.join(FILES)} or *.gguf")
-    if len(found) > 1:
-        raise InputError(f"{path} holds {', '.join(file.name for file in found)}: name one of them")
-    return found[0]
+    patterns = file_patterns()
+    files = [path / name for name in patterns if (path / name).is_file()]
+    files = files or sorted(file for pattern in patterns for file in path.glob(pattern))
+    if not files:
+        expected = f"{', '.join(patterns[:-1])} or {patterns[-1]}"
+        raise InputError(f"{path} holds no adapter: none of {expected}")
+    if len(files) > 1:
+        raise InputError(f"{path} holds {', '.join(file.name for file in files)}: name one of them")
+    return files[0]
 
 
-def detect(path: Path) -> str:
-    """The form of an adapter file, by its content and the configuration beside it.
-
-    Returns:
-        "graft" or a key of `READERS`.
+def detect_format(path: Path) -> Format:
+    """The format of an adapter file, by its content and the configuration beside it.
 
     Raises:
-        InputError: it is none of them.
+        InputError: it has no format that Graft knows.
     """
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if start == GGUF_MAGIC:
-        return "gguf"
-    if start == GGLA_MAGIC:
-        return "ggla"
-    where = path.with_name(CONFIG)
-    config = read_json(where) if where.is_file() else {}
-    if "format" in config:
-        return "graft"
-    if "peft_type" in config:
-        return "peft"
-    if start[:2] == b"PK":
-        return "npz"
-    if "fine_tune_type" in config or "lora_parameters" in config:
-        return "mlx-lm"
+    for format in FORMATS.values():
+        if format.magic and start.startswith(format.magic):
+            return format
+    record = path.with_name(RECORD_NAME)
+    config = read_json(record) if record.is_file() else {}
+    for format in FORMATS.values():
+        if format.recognizes(start, config):
+            return format
     if not config:
-        raise InputError(f"{path} does not tell what it is, and {where} is missing")
-    raise InputError(f"{where} tells of no adapter that Graft knows: {', '.join(READERS)}")
+        raise InputError(f"{path} does not say what it is, and {record} is missing")
+    raise InputError(f"{record} describes no adapter that Graft knows: {', '.join(FORMATS)}")
 
 
-def read_adapter(path: Path, *, alpha: float | None = None) -> Adapter:
-    """Read an adapter of another tool.
-
-    Args:
-        path: the file with the tensors.
-        alpha: numerator of the scale for a file that does not tell; otherwise it is not used.
-
-    Raises:
-        InputError: the file is damaged, or asks for what Graft does not do.
-    """
-    form = detect(path)
-    if form not in READERS:
-        raise InputError(f"{path} is Graft's own")
-    try:
-        return read_npz(path, alpha=alpha) if form == "npz" else READERS[form](path)
-    except InputError as error:
-        if str(path.parent) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from error
+FORMATS = _load_formats()

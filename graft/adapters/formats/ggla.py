@@ -1,4 +1,4 @@
-"""The adapters of llama.cpp in 2023, before GGUF: a header of 16 bytes, then tensor after tensor.
+"""llama.cpp's adapter files of 2023, before GGUF: a header of 16 bytes, then tensor after tensor.
 
 Reference: `convert-lora-to-ggml.py` and `llama_apply_lora_from_file_internal` in
 https://github.com/ggml-org/llama.cpp/tree/b1500
@@ -9,52 +9,58 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.factors import INTERLEAVED, Adapter, Product, from_products, paired
+from graft.adapters.adapter import Adapter
+from graft.adapters.factors import Factors, from_factors, paired
+from graft.adapters.formats import Format
 from graft.adapters.formats.gguf import to_mlx_name
 from graft.adapters.formats.npz import new_name
+from graft.adapters.layer_kinds import LINEAR
 from graft.errors import InputError, first_line
+from graft.pretrained.architectures import INTERLEAVED
 
 import mlx.core as mx
 import numpy as np
 
-MAGIC = struct.pack("<I", 0x67676C61)
-ENDS = {".weight.loraA": "a", ".weight.loraB": "b"}
-TYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
+_MAGIC = struct.pack("<I", 0x67676C61)
+_SUFFIXES = {".weight.loraA": "a", ".weight.loraB": "b"}
+_TYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 
 
 def read_ggla(path: Path) -> Adapter:
     """A ggla file.
 
     Raises:
-        InputError: the file is damaged, of another version or no adapter.
+        InputError: the file is damaged, of another version or not an adapter.
     """
     try:
         content = memoryview(path.read_bytes())
         magic, version, rank, alpha = struct.unpack("<IIii", content[:16])
-        if struct.pack("<I", magic) != MAGIC or version != 1 or rank < 1:
+        if struct.pack("<I", magic) != _MAGIC or version != 1 or rank < 1:
             raise ValueError(f"magic {magic:#x}, version {version}, rank {rank}")
-        tensors = _tensors(content)
+        tensors = _read_tensors(content)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a fuzzed file finds every branch
         raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
-    pairs, others = paired(tensors, ENDS)
+    pairs, unknown = paired(tensors, _SUFFIXES)
     names = {n: to_mlx_name(n, "llama") or new_name(n) for n in pairs}
-    others += [name for name, ours in names.items() if ours == name]
-    if others or not pairs:
-        raise InputError(f"{path} holds what Graft does not know: {', '.join(others) or 'nothing'}")
-    found = {
-        names[n]: Product("linear", halves["a"], halves["b"].T, float(alpha))
-        for n, halves in pairs.items()
+    unknown += [name for name, new in names.items() if new == name]
+    if unknown or not pairs:
+        raise InputError(
+            f"{path} holds tensors that Graft does not know: {', '.join(unknown) or 'none at all'}"
+        )
+    factors = {
+        names[name]: Factors(LINEAR, halves["a"], halves["b"].T, float(alpha))
+        for name, halves in pairs.items()
     }
-    ranks = {p.rank for p in found.values()}
+    ranks = {layer.rank for layer in factors.values()}
     if ranks != {rank}:
-        raise InputError(f"{path} tells of rank {rank} and holds {', '.join(map(str, ranks))}")
-    return from_products(found, rotary=INTERLEAVED)
+        raise InputError(f"{path} says rank {rank} and holds {', '.join(map(str, ranks))}")
+    return from_factors(factors, rotary=INTERLEAVED)
 
 
-def _tensors(content: memoryview) -> dict[str, mx.array]:
-    found: dict[str, mx.array] = {}
+def _read_tensors(content: memoryview) -> dict[str, mx.array]:
+    tensors: dict[str, mx.array] = {}
     position = 16
     while position < len(content):
         dimensions, length, kind = struct.unpack_from("<iii", content, position)
@@ -65,11 +71,19 @@ def _tensors(content: memoryview) -> dict[str, mx.array]:
         position += 4 * dimensions
         name = bytes(content[position : position + length]).decode()
         position = -(-(position + length) // 32) * 32
-        dtype = TYPES[kind]
+        dtype = _TYPES[kind]
         size = math.prod(shape) * dtype.itemsize
-        if min(shape) < 1 or position + size > len(content) or name in found:
-            raise ValueError(f"{name!r} of shape {shape} ends behind the file, or occurs twice")
+        if min(shape) < 1 or position + size > len(content) or name in tensors:
+            raise ValueError(f"{name!r} of shape {shape} ends after the file, or occurs twice")
         array = np.frombuffer(content[position : position + size], dtype).reshape(shape)
-        found[name] = mx.array(array)
+        tensors[name] = mx.array(array)
         position += size
-    return found
+    return tensors
+
+
+FORMAT = Format(
+    name="ggla",
+    files=("ggml-adapter-model.bin",),
+    magic=_MAGIC,
+    read=lambda path, alpha: read_ggla(path),
+)

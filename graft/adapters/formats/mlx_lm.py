@@ -1,7 +1,7 @@
 """mlx-lm's adapter folders: adapters.safetensors and adapter_config.json.
 
-One rank and one scale for all layers; whole paths as keys, which any subset of layers can be named
-by.
+All layers share one rank and one scale. The keys are whole paths, so any subset of the layers can
+be adapted.
 
 Reference: https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py
 """
@@ -9,78 +9,73 @@ Reference: https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from graft.adapters.factors import (
-    Adapter,
-    Product,
-    alpha_for,
-    from_products,
-    guess_kind,
-    paired,
-    products,
-)
-from graft.adapters.layer_config import LayerConfig
-from graft.adapters.rotary import reordered
+from graft.adapters.adapter import Adapter, is_dropout, reordered
+from graft.adapters.factors import Factors, factors_at_scale, factors_of, from_factors, paired
+from graft.adapters.formats import RECORD_NAME, Format, Usage
+from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINEAR
 from graft.errors import InputError
-from graft.pretrained.base_config import BaseModel
+from graft.pretrained.base_config import BaseConfig
 from graft.storage.atomic import new_folder
 from graft.storage.json_file import read_json
 from graft.storage.tensor_file import read_tensor_file
 
 import mlx.core as mx
 
-TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
-ENDS = {".lora_a": "a", ".lora_b": "b", ".m": "m"}
-KINDS = ("linear", "embedding", "embedding-input", "experts")
+_TENSORS = "adapters.safetensors"
+_SUFFIXES = {".lora_a": "a", ".lora_b": "b", ".m": "m"}
+_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT, EXPERTS)
 
 
 def read_mlx_lm(path: Path) -> Adapter:
     """A folder's file of tensors, with the configuration beside it.
 
     Raises:
-        InputError: a file is missing or damaged, or it is no LoRA or DoRA.
+        InputError: a file is missing or damaged, or it is neither LoRA nor DoRA.
     """
-    where = path.with_name(CONFIG)
-    config = read_json(where)
+    record = path.with_name(RECORD_NAME)
+    config = read_json(record)
     method = config.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
-        raise InputError(f"{where}: fine_tune_type {method!r} is no adapter; there are lora, dora")
+        raise InputError(f"{record}: fine_tune_type {method!r}: Graft reads lora and dora")
+    scale, dropout = _read_parameters(config, record)
+    pairs, unknown = paired(read_tensor_file(path), _SUFFIXES)
+    unknown += [
+        f"{name}.m" for name, halves in pairs.items() if ("m" in halves) != (method == "dora")
+    ]
+    if unknown or not pairs:
+        names = ", ".join(unknown) or "nothing"
+        raise InputError(f"{path} is not {method} of mlx-lm: unexpected or missing: {names}")
+    model = config.get("model")
+    return from_factors(
+        {name: factors_at_scale(name, halves, scale) for name, halves in pairs.items()},
+        base_model=model if isinstance(model, str) else None,
+        dropout=dropout,
+    )
+
+
+def _read_parameters(config: Mapping[str, Any], record: Path) -> tuple[float, float]:
+    """Scale and dropout."""
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     scale, dropout = parameters.get("scale"), parameters.get("dropout", 0.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InputError(f"{where}: lora_parameters has scale {scale!r}; it must be a number")
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise InputError(f"{where}: lora_parameters has dropout {dropout!r}; give 0 to below 1")
-    pairs, others = paired(read_tensor_file(path), ENDS)
-    lengths = [name for name, found in pairs.items() if ("m" in found) != (method == "dora")]
-    if others or lengths or not pairs:
-        what = ", ".join(others + [f"{name}.m" for name in lengths]) or "nothing"
-        raise InputError(f"{path} is no {method} of mlx-lm: it has, or lacks, {what}")
-    model = config.get("model")
-    base = model if isinstance(model, str) else None
-    return from_products(
-        {name: _product(name, found, float(scale)) for name, found in pairs.items()},
-        base_model=base,
-        dropout=float(dropout),
-    )
-
-
-def _product(path: str, found: dict[str, mx.array], scale: float) -> Product:
-    kind = guess_kind(path, LayerConfig(1, 1.0), found["a"])
-    product = Product(kind, found["a"], found["b"], 1.0, magnitude=found.get("m"))
-    rank = product.rank if product.b.ndim > 1 else 1
-    return Product(kind, found["a"], found["b"], alpha_for(scale, rank), magnitude=found.get("m"))
+        raise InputError(f"{record}: lora_parameters has scale {scale!r}; it must be a number")
+    if not is_dropout(dropout):
+        raise InputError(f"{record}: lora_parameters has dropout {dropout!r}; give 0 to below 1")
+    return float(scale), float(dropout)
 
 
 def write_mlx_lm(
-    adapter: Adapter, out: Path, *, base: BaseModel | None = None, force: bool = False
+    adapter: Adapter, out: Path, *, base: BaseConfig | None = None, force: bool = False
 ) -> list[str]:
     """Write a folder that mlx-lm loads; returns what was changed to fit, a line each.
 
     Raises:
-        InputError: layers that mlx-lm has no adapter for, or a place that cannot be written.
+        InputError: layers that mlx-lm has no adapter for, or a path that cannot be written.
     """
     if base is not None:
         adapter = reordered(adapter, base.rotary, base.heads)
@@ -88,19 +83,21 @@ def write_mlx_lm(
         raise InputError(
             "the rows of q and k depend on the base model that mlx-lm runs: name it with --model"
         )
-    found = products(adapter, target="mlx-lm", kinds=KINDS, dora=True)
-    _check_embeddings(found, base)
-    dora = {path for path, product in found.items() if product.magnitude is not None}
-    if dora and len(dora) < len(found):
+    factors = factors_of(adapter, holder="mlx-lm", kinds=_KINDS, dora=True)
+    _check_embeddings(factors, base)
+    dora = sorted(path for path, layer in factors.items() if layer.magnitude is not None)
+    if dora and len(dora) < len(factors):
         raise InputError(
-            f"mlx-lm has DoRA for all layers or none; these have it: {', '.join(sorted(dora))}"
+            f"mlx-lm has DoRA for all layers or none; these layers have it: {', '.join(dora)}"
         )
-    found, notes = uniform(found)
-    first = next(iter(found.values()))
+    factors, notes = uniform(factors)
     tensors = {
-        f"{path}.lora_{half}": getattr(p, half) for path, p in found.items() for half in "ab"
+        f"{path}.lora_{half}": getattr(layer, half)
+        for path, layer in factors.items()
+        for half in "ab"
     }
-    tensors |= {f"{path}.m": p.magnitude for path, p in found.items() if p.magnitude is not None}
+    tensors |= {f"{p}.m": layer.magnitude for p, layer in factors.items() if p in dora}
+    first = next(iter(factors.values()))
     config = {
         "fine_tune_type": "dora" if dora else "lora",
         "num_layers": 0,
@@ -108,34 +105,57 @@ def write_mlx_lm(
             "rank": first.rank,
             "scale": first.scale,
             "dropout": adapter.dropout,
-            "keys": list(found),
+            "keys": list(factors),
         },
         "model": adapter.base_model,
     }
     with new_folder(out, replace=force) as folder:
-        mx.save_safetensors(str(folder / TENSORS), tensors, metadata={"format": "mlx"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        mx.save_safetensors(str(folder / _TENSORS), tensors, metadata={"format": "mlx"})
+        (folder / RECORD_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return notes
 
 
-def uniform(found: dict[str, Product]) -> tuple[dict[str, Product], list[str]]:
-    """The same updates at one rank and one scale: the highest, and the most frequent."""
+def uniform(factors: dict[str, Factors]) -> tuple[dict[str, Factors], list[str]]:
+    """The same updates at one rank, the highest, and one scale, the most frequent; with notes."""
     notes = []
-    rank = max(product.rank for product in found.values())
-    scale = Counter(product.scale for product in found.values()).most_common(1)[0][0]
-    padded = [path for path, product in found.items() if product.rank < rank]
-    folded = [path for path, product in found.items() if product.scale != scale]
+    rank = max(layer.rank for layer in factors.values())
+    scale = Counter(layer.scale for layer in factors.values()).most_common(1)[0][0]
+    padded = sum(layer.rank != rank for layer in factors.values())
+    folded = sum(layer.scale != scale for layer in factors.values())
     if padded:
-        notes.append(f"padded with zeros to rank {rank}: {len(padded)} layers (exact, but larger)")
+        notes.append(f"padded with zeros to rank {rank}: {padded} layers (exact, but larger)")
     if folded:
-        notes.append(f"folded into B, for one scale of {scale:g}: {len(folded)} layers")
+        notes.append(f"folded into B, for one scale of {scale:g}: {folded} layers")
     if scale == 0 and folded:
-        raise InputError("most layers have scale 0, which no other can be folded into")
-    return {path: p.padded(rank).scaled(scale) for path, p in found.items()}, notes
+        raise InputError("most layers have scale 0, which no other scale can be folded into")
+    return {p: layer.padded(rank).at_scale(scale) for p, layer in factors.items()}, notes
 
 
-def _check_embeddings(found: dict[str, Product], base: BaseModel | None) -> None:
-    inputs = [path for path, product in found.items() if product.kind == "embedding-input"]
+def _check_embeddings(factors: Mapping[str, Factors], base: BaseConfig | None) -> None:
+    inputs = [path for path, layer in factors.items() if layer.kind is EMBEDDING_INPUT]
     if inputs and (base is None or base.tied):
-        why = "name a base model without tied embeddings with --model"
-        raise InputError(f"mlx-lm adapts the output with a tied embedding: {inputs[0]}; {why}")
+        hint = "name a base model without tied embeddings with --model"
+        raise InputError(f"mlx-lm adapts the output with a tied embedding: {inputs[0]}; {hint}")
+
+
+FORMAT = Format(
+    name="mlx-lm",
+    files=(_TENSORS,),
+    recognizes=lambda start, config: (
+        not start.startswith(b"PK")
+        and not {"format", "peft_type"} & config.keys()
+        and ("fine_tune_type" in config or "lora_parameters" in config)
+    ),
+    read=lambda path, alpha: read_mlx_lm(path),
+    write=write_mlx_lm,
+    usage=Usage(
+        "mlx-lm",
+        "mlx",
+        """\
+```console
+$ mlx_lm.generate --model {base} --adapter-path {folder} --prompt "Hello"
+```
+
+where `{folder}` is a copy of this repository (`hf download {name} --local-dir {folder}`).""",
+    ),
+)

@@ -1,29 +1,24 @@
-"""Adapters of the MLX LoRA example: an npz file with A and B, and nothing about them.
+"""Adapters of the MLX LoRA example: an npz file with A and B, and no record of anything else.
 
-Until January 2024 it named layers as Meta does and scaled every update by 2; since then it names
-them as Hugging Face does and scales by 20.
+Until January 2024 the example named layers as Meta does and scaled every update by 2; since then it
+names them as Hugging Face does and scales by 20.
 
 Reference: https://github.com/ml-explore/mlx-examples/tree/main/lora
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from graft.adapters.factors import (
-    INTERLEAVED,
-    Adapter,
-    Product,
-    alpha_for,
-    from_products,
-    guess_kind,
-    paired,
-)
-from graft.adapters.layer_config import LayerConfig
+from graft.adapters.adapter import Adapter
+from graft.adapters.factors import factors_at_scale, from_factors, paired
+from graft.adapters.formats import Format
 from graft.errors import InputError
+from graft.pretrained.architectures import INTERLEAVED
 from graft.storage.tensor_file import read_tensor_file
 
 OLD_SCALE, NEW_SCALE = 2.0, 20.0
-OLD_NAMES = {
+_OLD_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -33,8 +28,8 @@ OLD_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
     "feed_forward.gate": "block_sparse_moe.gate",
 }
-OLD_TOP_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
-ENDS = {".lora_a": "a", ".lora_b": "b"}
+_OLD_TOP_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
+_SUFFIXES = {".lora_a": "a", ".lora_b": "b"}
 
 
 def read_npz(path: Path, *, alpha: float | None = None) -> Adapter:
@@ -45,37 +40,46 @@ def read_npz(path: Path, *, alpha: float | None = None) -> Adapter:
         alpha: numerator of the scale; by default the scale is the one of the file's generation.
 
     Raises:
-        InputError: the file is damaged, or no adapter.
+        InputError: the file is damaged, or not an adapter.
     """
-    pairs, others = paired(read_tensor_file(path), ENDS)
-    if others or not pairs:
-        what = f"has tensors that are no lora_a or lora_b: {', '.join(others)}"
-        raise InputError(f"{path} {what if others else 'holds no lora_a and lora_b'}")
-    old = any(path.startswith("layers.") or path in OLD_TOP_NAMES for path in pairs)
+    pairs, unknown = paired(read_tensor_file(path), _SUFFIXES)
+    if unknown:
+        raise InputError(f"{path} has tensors other than lora_a and lora_b: {', '.join(unknown)}")
+    if not pairs:
+        raise InputError(f"{path} holds no lora_a and lora_b")
+    old = any(name.startswith("layers.") or name in _OLD_TOP_NAMES for name in pairs)
     scale = OLD_SCALE if old else NEW_SCALE
-    found = {}
+    factors = {}
     for name, halves in pairs.items():
-        layer = new_name(name)
-        a, b = halves["a"], halves["b"]
-        kind = guess_kind(layer, LayerConfig(1, 1.0), a)
-        product = Product(kind, a, b, 1.0)
-        rank = product.rank if b.ndim > 1 else 1
-        found[layer] = Product(kind, a, b, alpha_for(scale, rank) if alpha is None else alpha)
-    ranks = sorted({product.rank for product in found.values() if product.b.ndim > 1})
-    taken = f"scale {scale:g}, the default of its time" if alpha is None else f"alpha {alpha:g}"
+        path_of_layer = new_name(name)
+        layer = factors_at_scale(path_of_layer, halves, scale)
+        factors[path_of_layer] = layer if alpha is None else replace(layer, alpha=alpha)
+    ranks = sorted({layer.rank for layer in factors.values() if layer.b.ndim > 1})
+    assumed = f"scale {scale:g}, the default then" if alpha is None else f"alpha {alpha:g}"
     generation = "before 2024, with Meta's names" if old else "since 2024"
     note = (
-        f"{path} has no record: taken for the MLX example's ({generation}), rank "
-        f"{', '.join(map(str, ranks))} from the shapes, {taken}"
+        f"{path} has no record: read as the MLX example's ({generation}), rank "
+        f"{', '.join(map(str, ranks))} from the shapes, {assumed}"
     )
-    return from_products(found, rotary=INTERLEAVED if old else None, notes=(note,))
+    return from_factors(factors, rotary=INTERLEAVED if old else None, notes=(note,))
 
 
 def new_name(name: str) -> str:
-    """Hugging Face's name for a layer that Meta's layout, or Hugging Face's, names."""
-    if name in OLD_TOP_NAMES:
-        return OLD_TOP_NAMES[name]
+    """Hugging Face's name for a layer with Meta's name, or with Hugging Face's."""
+    if name in _OLD_TOP_NAMES:
+        return _OLD_TOP_NAMES[name]
     match = re.fullmatch(r"layers\.(\d+)\.(\w+\.\w+)", name)
-    if match and match[2] in OLD_NAMES:
-        return f"model.layers.{match[1]}.{OLD_NAMES[match[2]]}"
+    if match and match[2] in _OLD_NAMES:
+        return f"model.layers.{match[1]}.{_OLD_NAMES[match[2]]}"
     return name
+
+
+FORMAT = Format(
+    name="npz",
+    files=("adapters.npz",),
+    # Other formats' zip files have a record beside them.
+    recognizes=lambda start, config: (
+        start.startswith(b"PK") and not {"format", "peft_type"} & config.keys()
+    ),
+    read=lambda path, alpha: read_npz(path, alpha=alpha),
+)

@@ -12,23 +12,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.factors import HALVES, Adapter, Product, from_products, paired, products
-from graft.adapters.rotary import reordered
+from graft.adapters.adapter import Adapter, is_dropout, reordered
+from graft.adapters.factors import Factors, factors_of, from_factors, paired
+from graft.adapters.formats import RECORD_NAME, Format, Usage
+from graft.adapters.layer_kinds import (
+    CONV,
+    EMBEDDING,
+    EMBEDDING_COLUMNS,
+    EMBEDDING_INPUT,
+    LINEAR,
+)
 from graft.errors import InputError
-from graft.pretrained.base_config import BaseModel
+from graft.pretrained.architectures import HALVES
+from graft.pretrained.base_config import BaseConfig
 from graft.storage.atomic import new_folder
 from graft.storage.json_file import read_json
 from graft.storage.tensor_file import read_tensor_file
 
 import mlx.core as mx
 
-TENSORS, OLD_TENSORS, CONFIG = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_config.json",
-)
-PREFIX = "base_model.model."
-ENDS = {
+_TENSORS, _OLD_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_SUFFIXES = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
@@ -36,10 +41,10 @@ ENDS = {
     ".lora_magnitude_vector": "m",
     ".lora_magnitude_vector.weight": "m",
 }
-COPY_END = ".base_layer.weight"
-KINDS = ("linear", "embedding", "embedding-input", "embedding-columns", "conv")
-# What these say is told by the tensors, or does not change what the adapter computes.
-HARMLESS = (
+_COPY_SUFFIX = ".base_layer.weight"
+_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT, EMBEDDING_COLUMNS, CONV)
+# Options that the tensors make redundant, or that do not change what the adapter computes.
+_IGNORED_OPTIONS = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type"),
     *("task_type", "peft_version", "r", "lora_alpha", "lora_dropout", "target_modules"),
     *("exclude_modules", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights"),
@@ -47,8 +52,11 @@ HARMLESS = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     "runtime_config",
 )
-# Other starts change the base model, which the adapter then needs.
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Values of init_lora_weights that leave the base model as it is.
+_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+# ---- reading ---------------------------------------------------------------------------------
 
 
 def read_peft(path: Path) -> Adapter:
@@ -58,47 +66,46 @@ def read_peft(path: Path) -> Adapter:
         InputError: a file is missing or damaged, or an option would change the result; all such
             options are named.
     """
-    where = path.with_name(CONFIG)
-    config = read_json(where)
-    _check_options(config, where)
-    tensors = {n.removeprefix(PREFIX): array for n, array in read_tensor_file(path).items()}
-    pairs, others = paired(tensors, ENDS)
-    # PEFT saves adapted embeddings whole as well, though it trains only what is beside them.
-    copies = [name for name in others if name.removesuffix(COPY_END) in pairs]
-    others = [name for name in others if name not in copies]
-    if others or not pairs:
-        raise InputError(f"{path} is no LoRA alone: it holds {', '.join(others) or 'nothing'}")
-    found = {}
+    record = path.with_name(RECORD_NAME)
+    config = read_json(record)
+    _check_options(config, record)
+    tensors = {n.removeprefix(_PREFIX): array for n, array in read_tensor_file(path).items()}
+    pairs, unknown = paired(tensors, _SUFFIXES)
+    # PEFT saves the whole weight of adapted embeddings as well, though it does not train it.
+    copies = [name for name in unknown if name.removesuffix(_COPY_SUFFIX) in pairs]
+    unknown = [name for name in unknown if name not in copies]
+    if unknown or not pairs:
+        raise InputError(f"{path} is not LoRA alone: it holds {', '.join(unknown) or 'nothing'}")
+    factors = {}
     for name, halves in pairs.items():
         layout = _from_embedding if f"{name}.lora_embedding_A" in tensors else _from_layer
-        product = layout(halves, *_alpha(name, config, where))
+        factors[name] = layout(halves, _alpha(name, config), bool(config.get("use_rslora")))
         if ("m" in halves) != bool(config.get("use_dora")):
-            raise InputError(f"{where}: use_dora does not agree with the tensors of {name}")
-        found[name] = product
+            raise InputError(f"{record}: use_dora does not agree with the tensors of {name}")
     base, dropout = config.get("base_model_name_or_path"), config.get("lora_dropout") or 0.0
-    return from_products(
-        _without_tied_twin(found),
+    return from_factors(
+        _without_tied_twin(factors),
         base_model=base if isinstance(base, str) else None,
         dropout=dropout,
         rotary=HALVES,
-        notes=tuple(f"{path}: {name} is taken for the base model's own" for name in copies),
+        notes=tuple(f"{path}: {name} is taken to be the base model's own" for name in copies),
     )
 
 
-def _check_options(config: Mapping[str, Any], where: Path) -> None:
+def _check_options(config: Mapping[str, Any], record: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{where}: peft_type {config.get('peft_type')!r}: Graft reads LORA")
+        raise InputError(f"{record}: peft_type {config.get('peft_type')!r}: Graft reads LORA")
     problems = [
         f"{name} {value!r}"
         for name, value in config.items()
         if value not in (None, False, "none") and value != [] and value != {}
-        if name not in HARMLESS
+        if name not in _IGNORED_OPTIONS
     ]
     start = config.get("init_lora_weights", True)
-    if not any(start is known or (start == known and type(known) is str) for known in STARTS):
+    if not any(start is s or (start == s and type(s) is str) for s in _HARMLESS_STARTS):
         problems.append(f"init_lora_weights {start!r}, which changes the base model")
     dropout = config.get("lora_dropout") or 0.0
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+    if not is_dropout(dropout):
         problems.append(f"lora_dropout {dropout!r}")
     if type(config.get("lora_alpha")) not in (int, float):
         problems.append(f"lora_alpha {config.get('lora_alpha')!r}")
@@ -106,16 +113,16 @@ def _check_options(config: Mapping[str, Any], where: Path) -> None:
     if not isinstance(patterns, dict):
         problems.append(f"alpha_pattern {patterns!r}")
     else:
-        problems += [f"alpha_pattern {p!r}: {v!r}" for p, v in patterns.items() if _odd(p, v)]
+        problems += [f"alpha_pattern {p!r}: {v!r}" for p, v in patterns.items() if _refuses(p, v)]
     if problems:
         raise InputError(
-            f"{where} asks for what Graft does not do: {'; '.join(problems)}; merge the adapter "
+            f"{record} asks for what Graft does not do: {'; '.join(problems)}; merge the adapter "
             "with PEFT, or train one without"
         )
 
 
-def _odd(pattern: str, alpha: Any) -> bool:
-    """Whether a pattern of alphas is wrong, or such that matching it might never end."""
+def _refuses(pattern: str, alpha: Any) -> bool:
+    """Whether a pattern of alphas is invalid, or could take forever to match."""
     if type(alpha) not in (int, float) or len(pattern) > 500:
         return True
     if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
@@ -127,60 +134,59 @@ def _odd(pattern: str, alpha: Any) -> bool:
     return False
 
 
-def _alpha(name: str, config: Mapping[str, Any], where: Path) -> tuple[float, bool]:
-    """Alpha of a layer as PEFT finds it, and whether the scale is rsLoRA's."""
+def _alpha(name: str, config: Mapping[str, Any]) -> float:
+    """Alpha of a layer as PEFT finds it."""
     patterns = config.get("alpha_pattern") or {}
-    matches = (p for p in patterns if re.match(rf"(.*\.)?({p})$", name))
-    key = next(matches, None)
-    alpha = config["lora_alpha"] if key is None else patterns[key]
-    return float(alpha), bool(config.get("use_rslora"))
+    key = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    return float(config["lora_alpha"] if key is None else patterns[key])
 
 
-def _from_layer(halves: Mapping[str, mx.array], alpha: float, rank_stabilized: bool) -> Product:
-    """PEFT's A (rank, in) and B (out, rank); a convolution's have a window behind."""
+def _from_layer(halves: Mapping[str, mx.array], alpha: float, rank_stabilized: bool) -> Factors:
+    """PEFT's A (rank, inputs, *window) and B (outputs, rank, *ones); linear layers: no window."""
     a, b, magnitude = halves["a"], halves["b"], halves.get("m")
-    kind = "linear"
+    kind = LINEAR
     if a.ndim > 2:
-        kind = "conv"
-        a = mx.moveaxis(a, 1, -1)
-        b = b.reshape(*b.shape[:2])
+        kind, a, b = CONV, mx.moveaxis(a, 1, -1), b.reshape(*b.shape[:2])
     if magnitude is not None:
         magnitude = magnitude.flatten()
-    return Product(kind, mx.moveaxis(a, 0, -1), b.T, alpha, rank_stabilized, magnitude)
+    return Factors(kind, mx.moveaxis(a, 0, -1), b.T, alpha, rank_stabilized, magnitude)
 
 
-def _from_embedding(halves: Mapping[str, mx.array], alpha: float, rank_stabilized: bool) -> Product:
+def _from_embedding(halves: Mapping[str, mx.array], alpha: float, rank_stabilized: bool) -> Factors:
     """PEFT's A (rank, vocabulary) and B (dims, rank), which act on the input alone."""
     magnitude = halves.get("m")
     if magnitude is not None:
         magnitude = magnitude.flatten()
-    kind = "embedding-input" if magnitude is None else "embedding-columns"
-    return Product(kind, halves["a"].T, halves["b"].T, alpha, rank_stabilized, magnitude)
+    kind = EMBEDDING_INPUT if magnitude is None else EMBEDDING_COLUMNS
+    return Factors(kind, halves["a"].T, halves["b"].T, alpha, rank_stabilized, magnitude)
 
 
-def _without_tied_twin(found: dict[str, Product]) -> dict[str, Product]:
+def _without_tied_twin(factors: dict[str, Factors]) -> dict[str, Factors]:
     """One adapted embedding in place of the two layers that `write_peft` makes of a tied one."""
-    head = found.get("lm_head")
-    for path, product in found.items():
-        if head is None or product.kind != "embedding-input" or product.scale != head.scale:
+    head = factors.get("lm_head")
+    for path, layer in factors.items():
+        if head is None or layer.kind is not EMBEDDING_INPUT or layer.scale != head.scale:
             continue
-        twins = ((product.a, head.b.T), (product.b, head.a.T))
-        if all(mx.array_equal(one, other).item() for one, other in twins):
-            rest = {name: other for name, other in found.items() if name != "lm_head"}
-            return rest | {path: replace(product, kind="embedding")}
-    return found
+        pairs = ((layer.a, head.b.T), (layer.b, head.a.T))
+        if all(mx.array_equal(mine, heads).item() for mine, heads in pairs):
+            rest = {name: other for name, other in factors.items() if name != "lm_head"}
+            return rest | {path: replace(layer, kind=EMBEDDING)}
+    return factors
+
+
+# ---- writing ---------------------------------------------------------------------------------
 
 
 def write_peft(
-    adapter: Adapter, out: Path, *, base: BaseModel | None = None, force: bool = False
+    adapter: Adapter, out: Path, *, base: BaseConfig | None = None, force: bool = False
 ) -> list[str]:
     """Write a folder that PEFT loads; returns what was changed to fit, a line each.
 
-    A tied embedding that is adapted becomes two layers, as in PEFT each side has its own update.
+    A tied embedding that is adapted becomes two layers, since PEFT adapts each side by itself.
 
     Raises:
-        InputError: layers that PEFT's LoRA has no adapter for, something that must be known of the
-            base model, or a place that cannot be written.
+        InputError: layers that PEFT's LoRA has no adapter for, a fact about the base model that is
+            needed and not known, or a path that cannot be written.
     """
     if base is not None:
         adapter = reordered(
@@ -188,40 +194,45 @@ def write_peft(
         )
     elif adapter.rotary not in (None, HALVES):
         raise InputError("to order the rows of q and k, name the base model with --model")
-    found = products(adapter, target="PEFT", kinds=KINDS, dora=True)
-    found, notes = _untied(found, base)
-    dora = [path for path, product in found.items() if product.magnitude is not None]
-    if dora and len(dora) < len(found):
-        raise InputError(f"PEFT has DoRA for all layers or none; these have it: {', '.join(dora)}")
-    stabilized = all(product.rank_stabilized for product in found.values())
+    factors = factors_of(adapter, holder="PEFT", kinds=_KINDS, dora=True)
+    factors, notes = _untied(factors, base)
+    dora = [path for path, layer in factors.items() if layer.magnitude is not None]
+    if dora and len(dora) < len(factors):
+        raise InputError(
+            f"PEFT has DoRA for all layers or none; these layers have it: {', '.join(dora)}"
+        )
+    stabilized = all(layer.rank_stabilized for layer in factors.values())
     if not stabilized:
-        found = {path: product.scaled(product.scale) for path, product in found.items()}
+        factors = {path: layer.at_scale(layer.scale) for path, layer in factors.items()}
     tensors: dict[str, mx.array] = {}
-    for path, product in found.items():
-        tensors |= {PREFIX + path + end: array for end, array in _to_peft(product).items()}
-    config = _config(adapter, found, dora=bool(dora), stabilized=stabilized)
+    for path, layer in factors.items():
+        tensors |= {_PREFIX + path + suffix: array for suffix, array in _to_peft(layer).items()}
+    config = _config(adapter, factors, dora=bool(dora), stabilized=stabilized)
     with new_folder(out, replace=force) as folder:
-        mx.save_safetensors(str(folder / TENSORS), tensors, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        mx.save_safetensors(str(folder / _TENSORS), tensors, metadata={"format": "pt"})
+        (folder / RECORD_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return notes
 
 
 def _config(
-    adapter: Adapter, found: Mapping[str, Product], *, dora: bool, stabilized: bool
+    adapter: Adapter, factors: Mapping[str, Factors], *, dora: bool, stabilized: bool
 ) -> dict[str, Any]:
-    rank = Counter(product.rank for product in found.values()).most_common(1)[0][0]
-    alpha = Counter(product.alpha for product in found.values()).most_common(1)[0][0]
+    layers = factors.values()
+    rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _plain(alpha),
+        "lora_alpha": _whole_if_possible(alpha),
         "lora_dropout": adapter.dropout,
-        "target_modules": list(found),
-        "rank_pattern": {path: p.rank for path, p in found.items() if p.rank != rank},
-        "alpha_pattern": {path: _plain(p.alpha) for path, p in found.items() if p.alpha != alpha},
+        "target_modules": list(factors),
+        "rank_pattern": {path: f.rank for path, f in factors.items() if f.rank != rank},
+        "alpha_pattern": {
+            path: _whole_if_possible(f.alpha) for path, f in factors.items() if f.alpha != alpha
+        },
         "use_rslora": stabilized,
         "use_dora": dora,
         "bias": "none",
@@ -231,44 +242,66 @@ def _config(
     }
 
 
-def _plain(alpha: float) -> float:
-    """A whole number without a point, as PEFT writes it."""
+def _whole_if_possible(alpha: float) -> float:
+    """A whole number without a decimal point, as PEFT writes it."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _to_peft(product: Product) -> dict[str, mx.array]:
-    """From the end of a name to the tensor, in PEFT's layout."""
-    if product.kind.startswith("embedding"):
-        names, halves = (".lora_embedding_A", ".lora_embedding_B"), (product.a.T, product.b.T)
+def _to_peft(factors: Factors) -> dict[str, mx.array]:
+    """From the end of a name to the tensor, in PEFT's layout; see `_from_layer`."""
+    ones = [1] * (factors.a.ndim - 2)
+    if factors.kind.takes_ids:
+        suffixes = (".lora_embedding_A", ".lora_embedding_B")
+        halves = (factors.a.T, factors.b.T)
     else:
-        a, b = mx.moveaxis(product.a, -1, 0), product.b.T
-        if product.kind == "conv":
-            a, b = mx.moveaxis(a, -1, 1), b.reshape(*b.shape, *[1] * (a.ndim - 2))
-        names, halves = (".lora_A.weight", ".lora_B.weight"), (a, b)
-    found = dict(zip(names, map(mx.contiguous, halves), strict=True))
-    if product.magnitude is not None:
-        shape = (1, -1, *[1] * (product.a.ndim - 2)) if product.kind == "conv" else (-1,)
-        found[".lora_magnitude_vector"] = product.magnitude.reshape(shape)
-    return found
+        suffixes = (".lora_A.weight", ".lora_B.weight")
+        a = mx.moveaxis(mx.moveaxis(factors.a, -1, 0), -1, 1)
+        halves = (a, factors.b.T.reshape(*factors.b.T.shape, *ones))
+    tensors = dict(zip(suffixes, map(mx.contiguous, halves), strict=True))
+    if factors.magnitude is not None:
+        shape = (1, -1, *ones) if ones else (-1,)
+        tensors[".lora_magnitude_vector"] = factors.magnitude.reshape(shape)
+    return tensors
 
 
 def _untied(
-    found: dict[str, Product], base: BaseModel | None
-) -> tuple[dict[str, Product], list[str]]:
-    """The same with a tied embedding's update on the output as a layer of its own."""
-    path = next((path for path, p in found.items() if p.kind == "embedding"), None)
+    factors: dict[str, Factors], base: BaseConfig | None
+) -> tuple[dict[str, Factors], list[str]]:
+    """The same, with the update of a tied embedding on the output as a layer of its own."""
+    path = next((path for path, layer in factors.items() if layer.kind is EMBEDDING), None)
     if path is None:
-        return found, []
+        return factors, []
     if base is None:
         raise InputError(
             f"{path} is an embedding: name the base model with --model, as PEFT adapts a tied one "
             "on one side only"
         )
-    product = found[path]
+    layer = factors[path]
     if not base.tied:
-        return found, []
-    if product.magnitude is not None:
+        return factors, []
+    if layer.magnitude is not None:
         raise InputError(f"PEFT has no DoRA for an embedding that is tied to the output: {path}")
-    head = replace(product, kind="linear", a=product.b.T, b=product.a.T)
+    head = replace(layer, kind=LINEAR, a=layer.b.T, b=layer.a.T)
     note = f"{path} is tied to the output: lm_head was given the same update"
-    return found | {"lm_head": head}, [note]
+    return factors | {"lm_head": head}, [note]
+
+
+FORMAT = Format(
+    name="peft",
+    files=(_TENSORS, _OLD_TENSORS),
+    recognizes=lambda start, config: "peft_type" in config and "format" not in config,
+    read=lambda path, alpha: read_peft(path),
+    write=write_peft,
+    usage=Usage(
+        "PEFT",
+        "peft",
+        """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+```""",
+    ),
+)

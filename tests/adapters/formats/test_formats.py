@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import Adapter, apply_adapter
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.factors import HALVES, INTERLEAVED, Product, from_products, products
-from graft.adapters.files import AdapterRecord, apply_adapter, load_adapter, write_adapter
-from graft.adapters.formats import WRITERS, Adapter, detect, find_file, read_adapter
-from graft.adapters.formats.gguf import read_header
+from graft.adapters.factors import Factors, factors_of, from_factors
+from graft.adapters.files import load_adapter, read_adapter
+from graft.adapters.formats import detect_format, find_file
+from graft.adapters.formats.gguf import write_gguf
+from graft.adapters.formats.mlx_lm import write_mlx_lm
+from graft.adapters.formats.peft import write_peft
 from graft.adapters.layer_config import LayerConfig
-from graft.adapters.layer_kinds import FusedParts
+from graft.adapters.layer_kinds import LAYER_KINDS, LINEAR, FusedParts
 from graft.adapters.rotary import interleave, to_halves
 from graft.adapters.targets import plan
 from graft.errors import InputError
-from graft.pretrained.base_config import BaseModel
+from graft.exporting.adapter import export
+from graft.pretrained.architectures import HALVES, INTERLEAVED
+from graft.pretrained.base_config import BaseConfig
+from graft.storage.gguf_file import read_gguf_header
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +41,7 @@ Q, K, DOWN = (
     f"model.layers.{name}_proj" for name in ("0.self_attn.q", "1.self_attn.k", "2.mlp.down")
 )
 SHAPES = {Q: (64, 64), K: (64, 32), DOWN: (128, 64)}
-BASE = BaseModel("tiny", LLAMA)
+BASE = BaseConfig("tiny", LLAMA)
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
@@ -55,33 +61,21 @@ def make_adapter(settings: dict[str, LayerConfig] | None = None, **values: Any) 
 
 def write(form: str, adapter: Adapter, folder: Path) -> Path:
     """Write an adapter in one form; returns what names it."""
-    if form == "npz":
-        record = AdapterRecord(adapter.layers, adapter.base_model, adapter.dropout)
-        record = replace(record, rotary=adapter.rotary)
-        write_adapter(folder / "npz" / "adapters.npz", adapter.tensors, record)
-        return folder / "npz"
     place = folder / ("adapter.gguf" if form == "gguf" else form)
-    WRITERS[form](adapter, place, base=BASE)
+    export(adapter, place, to=form, base=BASE)
     return place
-
-
-def load(path: Path) -> Adapter:
-    tensors, record = load_adapter(path)
-    return Adapter(tensors, record.layers, record.base_model, record.dropout, record.rotary)
 
 
 def logits(adapter: Adapter, config: dict[str, Any] = LLAMA) -> np.ndarray:
     model = make_model(config)
-    record = AdapterRecord(adapter.layers, rotary=adapter.rotary)
-    apply_adapter(model, adapter.tensors, record, name="test")
+    apply_adapter(model, adapter, name="test")
     model.eval()
     return np.array(model(TOKENS))
 
 
 def deltas(adapter: Adapter, config: dict[str, Any] = LLAMA) -> dict[str, np.ndarray]:
     model = make_model(config)
-    record = AdapterRecord(adapter.layers, rotary=adapter.rotary)
-    apply_adapter(model, adapter.tensors, record, name="test")
+    apply_adapter(model, adapter, name="test")
     return {path: np.array(layer.delta()) for path, layer in lora_layers(model)}
 
 
@@ -103,11 +97,11 @@ def test_every_pair_of_forms_round_trips_bit_for_bit(
     first: str, second: str, tmp_path: Path
 ) -> None:
     adapter = make_adapter()
-    once = load(write(first, adapter, tmp_path / "1"))
-    twice = load(write(second, once, tmp_path / "2"))
+    once = load_adapter(write(first, adapter, tmp_path / "1"))
+    twice = load_adapter(write(second, once, tmp_path / "2"))
     assert twice.layers.keys() == SHAPES.keys()
     assert {(s.rank, s.alpha) for s in twice.layers.values()} == {(4, 6.0)}
-    back = load(write("mlx-lm", twice, tmp_path / "3"))
+    back = load_adapter(write("mlx-lm", twice, tmp_path / "3"))
     assert back.tensors.keys() == adapter.tensors.keys()
     for name, array in adapter.tensors.items():
         assert mx.array_equal(back.tensors[name], array), name
@@ -124,14 +118,14 @@ def test_ranks_alphas_and_rslora_that_differ_come_through_to_rounding(
         DOWN: LayerConfig(4, 3.0, "rslora"),
     }
     adapter = make_adapter(settings)
-    found = deltas(load(write(form, adapter, tmp_path)))
+    found = deltas(load_adapter(write(form, adapter, tmp_path)))
     for path, delta in deltas(adapter).items():
         np.testing.assert_allclose(found[path], delta, rtol=2e-6, atol=1e-7)
 
 
 def test_a_form_with_one_rank_pads_and_says_so(tmp_path: Path) -> None:
     adapter = make_adapter({Q: LayerConfig(2, 3.0), K: LayerConfig(8, 12.0)})
-    notes = WRITERS["mlx-lm"](adapter, tmp_path / "out", base=BASE)
+    notes = write_mlx_lm(adapter, tmp_path / "out", base=BASE)
     assert notes == ["padded with zeros to rank 8: 1 layers (exact, but larger)"]
     tensors = read_adapter(tmp_path / "out" / "adapters.safetensors").tensors
     assert mx.array_equal(tensors[f"{Q}.lora_a"][:, :2], adapter.tensors[f"{Q}.lora_a"])
@@ -140,7 +134,7 @@ def test_a_form_with_one_rank_pads_and_says_so(tmp_path: Path) -> None:
 
 def test_rslora_for_all_layers_stays_rslora_in_peft(tmp_path: Path) -> None:
     adapter = make_adapter({Q: LayerConfig(4, 6.0, "rslora"), K: LayerConfig(8, 5.0, "rslora")})
-    again = load(write("peft", adapter, tmp_path))
+    again = load_adapter(write("peft", adapter, tmp_path))
     assert again.layers == adapter.layers
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["use_rslora"] is True
@@ -150,7 +144,7 @@ def test_a_fused_projection_becomes_one_layer_with_a_rank_a_part() -> None:
     parts = FusedParts(("q", "k", "v"), (4, 2, 2), ("q", "v"), repeats=3)
     setting = LayerConfig(2, 3.0, "lora", "fused", parts)
     tensors = {"c_attn.lora_a": normal(16, 4), "c_attn.lora_b": normal(2, 18, seed=1)}
-    found = products(Adapter(tensors, {"c_attn": setting}), target="any", kinds=("linear",))
+    found = factors_of(Adapter(tensors, {"c_attn": setting}), holder="any", kinds=(LINEAR,))
     layer = nn.Sequential(nn.Linear(16, 24))
     attach(layer, {"layers.0": setting})
     layer.layers[0].load({"lora_a": tensors["c_attn.lora_a"], "lora_b": tensors["c_attn.lora_b"]})
@@ -175,7 +169,7 @@ def test_peft_s_names_shapes_and_configuration(tmp_path: Path) -> None:
 def test_gguf_interleaves_q_and_k_and_nothing_else(tmp_path: Path) -> None:
     adapter = make_adapter()
     content = memoryview(write("gguf", adapter, tmp_path).read_bytes())
-    metadata, fields = read_header(content)
+    metadata, fields = read_gguf_header(content)
     assert metadata["general.type"] == "adapter" and metadata["adapter.type"] == "lora"
     assert metadata["general.architecture"] == "llama"
     assert metadata["adapter.lora.alpha"] == 6.0
@@ -198,8 +192,8 @@ def test_gguf_interleaves_q_and_k_and_nothing_else(tmp_path: Path) -> None:
 
 def test_gguf_for_qwen_moves_no_row(tmp_path: Path) -> None:
     adapter = make_adapter()
-    WRITERS["gguf"](adapter, tmp_path / "a.gguf", base=BaseModel("tiny", QWEN2))
-    again = load(tmp_path / "a.gguf")
+    write_gguf(adapter, tmp_path / "a.gguf", base=BaseConfig("tiny", QWEN2))
+    again = load_adapter(tmp_path / "a.gguf")
     assert again.rotary == HALVES
     assert mx.array_equal(again.tensors[f"{Q}.lora_b"], adapter.tensors[f"{Q}.lora_b"])
 
@@ -207,12 +201,12 @@ def test_gguf_for_qwen_moves_no_row(tmp_path: Path) -> None:
 def test_an_adapter_of_an_interleaved_base_is_not_interleaved_again(tmp_path: Path) -> None:
     # Meta's own layout, which Graft runs with rope_traditional, has llama.cpp's order already.
     adapter = make_adapter()
-    meta = BaseModel("tiny", {**LLAMA, "rope_traditional": True})
-    WRITERS["gguf"](adapter, tmp_path / "a.gguf", base=meta)
+    meta = BaseConfig("tiny", {**LLAMA, "rope_traditional": True})
+    write_gguf(adapter, tmp_path / "a.gguf", base=meta)
     again = read_adapter(tmp_path / "a.gguf")
     assert again.rotary == INTERLEAVED
     assert mx.array_equal(again.tensors[f"{Q}.lora_b"], adapter.tensors[f"{Q}.lora_b"])
-    WRITERS["peft"](adapter, tmp_path / "peft", base=meta)
+    write_peft(adapter, tmp_path / "peft", base=meta)
     halves = read_adapter(tmp_path / "peft" / "adapter_model.safetensors")
     expected = to_halves(adapter.tensors[f"{Q}.lora_b"], 4)
     assert mx.array_equal(halves.tensors[f"{Q}.lora_b"], expected)
@@ -246,7 +240,7 @@ def test_the_old_npz_has_scale_2_and_interleaved_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = old_npz(tmp_path / "adapters.npz")
-    adapter = load(tmp_path / "adapters.npz")
+    adapter = load_adapter(tmp_path / "adapters.npz")
     said = capsys.readouterr().err
     assert "rank 8 from the shapes" in said and "scale 2," in said
     found = deltas(adapter, {**LLAMA, "rope_traditional": True})
@@ -268,13 +262,13 @@ def test_the_later_npz_has_scale_20_or_what_alpha_says(
 ) -> None:
     a, b = (np.array(normal(*shape, seed=3)) for shape in ((64, 8), (8, 64)))
     np.savez(tmp_path / "adapters.npz", **{f"{Q}.lora_a": a, f"{Q}.lora_b": b})
-    found = deltas(load(tmp_path / "adapters.npz"))
+    found = deltas(load_adapter(tmp_path / "adapters.npz"))
     assert "scale 20," in capsys.readouterr().err
     np.testing.assert_allclose(found[Q], 20 * (a @ b).T, rtol=1e-4, atol=1e-5)
-    tensors, record = load_adapter(tmp_path / "adapters.npz", alpha=4.0)
-    assert record.layers[Q].alpha == 4.0
+    adapter = load_adapter(tmp_path / "adapters.npz", alpha=4.0)
+    assert adapter.layers[Q].alpha == 4.0
     assert "alpha 4" in capsys.readouterr().err
-    assert mx.array_equal(tensors[f"{Q}.lora_a"], mx.array(a))
+    assert mx.array_equal(adapter.tensors[f"{Q}.lora_a"], mx.array(a))
 
 
 # ---- ggla and GGUF, byte by byte ----------------------------------------------------------------
@@ -336,7 +330,7 @@ def test_a_ggla_file_made_byte_by_byte(tmp_path: Path, names: str, dtype: str) -
         content[f"{names}{key}.weight.loraA"] = a[key]
         content[f"{names}{key}.weight.loraB"] = b[key]
     (tmp_path / "ggml-adapter-model.bin").write_bytes(ggla(content))
-    found = deltas(load(tmp_path), {**LLAMA, "rope_traditional": True})
+    found = deltas(load_adapter(tmp_path), {**LLAMA, "rope_traditional": True})
     for key in "qv":
         expected = 3 * b[key] @ a[key].astype(np.float32).T
         path = f"model.layers.0.self_attn.{key}_proj"
@@ -348,7 +342,7 @@ def test_a_gguf_file_made_byte_by_byte(tmp_path: Path, kind: int, dtype: Any) ->
     tensors = {name: array.astype(dtype) for name, array in half_layer().items()}
     content = gguf(tensors, METADATA, kinds=dict.fromkeys(tensors, kind))
     (tmp_path / "a.gguf").write_bytes(content)
-    found = deltas(load(tmp_path / "a.gguf"))["model.layers.0.self_attn.v_proj"]
+    found = deltas(load_adapter(tmp_path / "a.gguf"))["model.layers.0.self_attn.v_proj"]
     a, b = (tensors[f"blk.0.attn_v.weight.lora_{half}"].astype(np.float32) for half in "ab")
     np.testing.assert_allclose(found, 3 * b @ a, rtol=1e-5, atol=1e-6)
 
@@ -366,7 +360,7 @@ def test_a_quantized_gguf_adapter_is_read(tmp_path: Path) -> None:
         key = name.encode() + struct.pack("<I", 2)
         content = content.replace(key + told, key + struct.pack("<2Q", *array.shape[::-1]))
     (tmp_path / "a.gguf").write_bytes(content)
-    tensors = load(tmp_path / "a.gguf").tensors
+    tensors = load_adapter(tmp_path / "a.gguf").tensors
     expected = dequantize(packed["blk.0.attn_v.weight.lora_a"], kind).T
     found = tensors["model.layers.0.self_attn.v_proj.lora_a"]
     np.testing.assert_array_equal(np.array(found), expected)
@@ -374,7 +368,7 @@ def test_a_quantized_gguf_adapter_is_read(tmp_path: Path) -> None:
 
 def test_alpha_0_in_gguf_is_a_scale_of_1(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf(half_layer(), {**METADATA, "adapter.lora.alpha": 0.0}))
-    setting = load(tmp_path / "a.gguf").layers["model.layers.0.self_attn.v_proj"]
+    setting = load_adapter(tmp_path / "a.gguf").layers["model.layers.0.self_attn.v_proj"]
     assert setting.alpha / setting.rank == 1
 
 
@@ -393,11 +387,11 @@ def embedding_adapter(config: dict[str, Any]) -> Adapter:
 
 
 def test_a_tied_embedding_goes_through_peft_as_two_layers(tmp_path: Path) -> None:
-    adapter, base = embedding_adapter(QWEN2), BaseModel("tiny", QWEN2)
-    assert "--model" in refusal(lambda: WRITERS["peft"](adapter, tmp_path / "p"))
-    notes = WRITERS["peft"](adapter, tmp_path / "p", base=base)
+    adapter, base = embedding_adapter(QWEN2), BaseConfig("tiny", QWEN2)
+    assert "--model" in refusal(lambda: write_peft(adapter, tmp_path / "p"))
+    notes = write_peft(adapter, tmp_path / "p", base=base)
     assert notes == ["model.embed_tokens is tied to the output: lm_head was given the same update"]
-    again = load(tmp_path / "p")
+    again = load_adapter(tmp_path / "p")
     assert "lm_head" not in again.layers
     np.testing.assert_array_equal(logits(again, QWEN2), logits(adapter, QWEN2))
 
@@ -416,10 +410,11 @@ def test_kinds_that_others_tell_stand_in_graft_s_own_form(
     path: str, kind: str, a_shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     b_shape = (2, 64, 4) if kind == "experts" else (4, 64)
-    told = Product(kind, mx.ones(a_shape), mx.ones(b_shape), 6.0)
-    place = write("npz", from_products({path: told}), tmp_path)
-    (found,) = products(load(place), target="test", kinds=(kind,)).values()
-    assert (found.kind, found.a.shape, found.b.shape) == (kind, a_shape, b_shape)
+    layer_kind = LAYER_KINDS[kind]
+    factors = Factors(layer_kind, mx.ones(a_shape), mx.ones(b_shape), 6.0)
+    place = write("npz", from_factors({path: factors}), tmp_path)
+    (found,) = factors_of(load_adapter(place), holder="test", kinds=(layer_kind,)).values()
+    assert (found.kind, found.a.shape, found.b.shape) == (layer_kind, a_shape, b_shape)
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["untied", "tied"])
@@ -427,15 +422,15 @@ def test_an_embedding_of_mlx_lm_works_after_it_went_through_graft_s_own_form(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     adapter = embedding_adapter(config)
-    WRITERS["mlx-lm"](adapter, tmp_path / "mlx-lm", base=BaseModel("base", config))
-    place = write("npz", load(tmp_path / "mlx-lm"), tmp_path)
-    np.testing.assert_array_equal(logits(load(place), config), logits(adapter, config))
+    write_mlx_lm(adapter, tmp_path / "mlx-lm", base=BaseConfig("base", config))
+    place = write("npz", load_adapter(tmp_path / "mlx-lm"), tmp_path)
+    np.testing.assert_array_equal(logits(load_adapter(place), config), logits(adapter, config))
 
 
 @pytest.mark.parametrize("form", ["peft", "gguf", "mlx-lm"])
 def test_an_embedding_beside_its_own_head_goes_through(form: str, tmp_path: Path) -> None:
     adapter = embedding_adapter(LLAMA)
-    again = load(write(form, adapter, tmp_path))
+    again = load_adapter(write(form, adapter, tmp_path))
     np.testing.assert_array_equal(logits(again), logits(adapter))
 
 
@@ -445,17 +440,15 @@ def test_an_input_embedding_alone_leaves_a_tied_output_as_it_was(tmp_path: Path)
     layers = adapter.layers | {"model.embed_tokens": LayerConfig(4, 6.0, kind="embedding-input")}
     adapter = replace(adapter, layers=layers)
     model = make_model(QWEN2)
-    apply_adapter(model, adapter.tensors, AdapterRecord(layers), name="test")
+    apply_adapter(model, adapter, name="test")
     embedding = model.model.embed_tokens
     x = normal(1, 3, 64, seed=9)
     assert mx.array_equal(embedding.as_linear(x), embedding.base.as_linear(x))
     assert not mx.array_equal(embedding(TOKENS), embedding.base(TOKENS))
-    WRITERS["peft"](adapter, tmp_path / "p", base=BaseModel("tiny", QWEN2))
-    again = load(tmp_path / "p")
+    write_peft(adapter, tmp_path / "p", base=BaseConfig("tiny", QWEN2))
+    again = load_adapter(tmp_path / "p")
     np.testing.assert_array_equal(logits(again, QWEN2), logits(adapter, QWEN2))
-    refused = refusal(
-        lambda: WRITERS["mlx-lm"](adapter, tmp_path / "m", base=BaseModel("tiny", QWEN2))
-    )
+    refused = refusal(lambda: write_mlx_lm(adapter, tmp_path / "m", base=BaseConfig("tiny", QWEN2)))
     assert "model.embed_tokens" in refused
 
 
@@ -481,10 +474,10 @@ def test_what_a_form_cannot_hold_is_named(
 
 def test_gguf_refuses_a_tied_head_and_an_unknown_architecture(tmp_path: Path) -> None:
     adapter = embedding_adapter(QWEN2)
-    write_to = WRITERS["gguf"]
-    tied = refusal(lambda: write_to(adapter, tmp_path / "a.gguf", base=BaseModel("t", QWEN2)))
+    write_to = write_gguf
+    tied = refusal(lambda: write_to(adapter, tmp_path / "a.gguf", base=BaseConfig("t", QWEN2)))
     assert "model.embed_tokens" in tied
-    other = BaseModel("t", {**LLAMA, "model_type": "rwkv7"})
+    other = BaseConfig("t", {**LLAMA, "model_type": "rwkv7"})
     assert "rwkv7" in refusal(lambda: write_to(adapter, tmp_path / "a.gguf", base=other))
     assert "--model" in refusal(lambda: write_to(adapter, tmp_path / "a.gguf"))
     assert list(tmp_path.iterdir()) == []
@@ -494,7 +487,7 @@ def test_gguf_refuses_a_tied_head_and_an_unknown_architecture(tmp_path: Path) ->
 def test_an_output_that_exists_is_kept_without_force(form: str, tmp_path: Path) -> None:
     place = write(form, make_adapter(), tmp_path)
     assert "--force" in refusal(lambda: write(form, make_adapter(), tmp_path))
-    WRITERS[form](make_adapter(), place, base=BASE, force=True)
+    export(make_adapter(), place, to=form, base=BASE, force=True)
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -531,14 +524,14 @@ def test_peft_options_that_would_change_the_result_are_named(
 ) -> None:
     folder = write("peft", make_adapter(), tmp_path)
     change(folder / "adapter_config.json", **changes)
-    assert named in refusal(lambda: load(folder))
+    assert named in refusal(lambda: load_adapter(folder))
 
 
 def test_alpha_patterns_of_peft_are_matched_as_peft_does(tmp_path: Path) -> None:
     folder = write("peft", make_adapter(), tmp_path)
     patterns = {r"layers\.1\.self_attn\.[a-z]_proj": 3.0, "proj": 99.0, "down_proj": 5.0}
     change(folder / "adapter_config.json", alpha_pattern=patterns)
-    alphas = {path: setting.alpha for path, setting in load(folder).layers.items()}
+    alphas = {path: setting.alpha for path, setting in load_adapter(folder).layers.items()}
     assert alphas == {Q: 6.0, K: 3.0, DOWN: 5.0}  # "proj" is no whole part of a path
 
 
@@ -556,7 +549,7 @@ def test_mlx_lm_folders_that_are_no_lora_are_named(
 ) -> None:
     folder = write("mlx-lm", make_adapter(), tmp_path)
     change(folder / "adapter_config.json", **changes)
-    assert named in refusal(lambda: load(folder))
+    assert named in refusal(lambda: load_adapter(folder))
 
 
 @pytest.mark.parametrize("form", ["mlx-lm", "peft"])
@@ -568,31 +561,31 @@ def test_halves_that_are_missing_and_numbers_that_are_none_are_named(
     tensors = mx.load(str(file))
     name = next(name for name in tensors if K in name and name.endswith(("lora_b", "B.weight")))
     mx.save_safetensors(str(file), {n: a for n, a in tensors.items() if n != name})
-    assert f"{K} has no B" in refusal(lambda: load(folder)).replace("base_model.model.", "")
+    assert f"{K} has no B" in refusal(lambda: load_adapter(folder)).replace("base_model.model.", "")
     mx.save_safetensors(str(file), {**tensors, name: tensors[name] * mx.array(float("nan"))})
-    assert f"{K}: B holds numbers that are not finite" in refusal(lambda: load(folder))
+    assert f"{K}: B holds numbers that are not finite" in refusal(lambda: load_adapter(folder))
     mx.save_safetensors(str(file), {**tensors, name: tensors[name].astype(mx.int32)})
-    assert "int32" in refusal(lambda: load(folder))
+    assert "int32" in refusal(lambda: load_adapter(folder))
     mx.save_safetensors(str(file), {**tensors, name: tensors[name][:, :3][:3]})
-    assert f"{K}: A of shape" in refusal(lambda: load(folder))
+    assert f"{K}: A of shape" in refusal(lambda: load_adapter(folder))
 
 
 def test_the_wrong_base_model_is_named(tmp_path: Path) -> None:
     folder = write("peft", make_adapter(), tmp_path)
-    tensors, record = load_adapter(folder)
+    adapter = load_adapter(folder)
     wide = make_model({**LLAMA, "intermediate_size": 96})
-    text = refusal(lambda: apply_adapter(wide, tensors, record, name="mine"))
+    text = refusal(lambda: apply_adapter(wide, adapter, name="mine"))
     assert f"{DOWN}.lora_a has shape (128, 4), the model needs (96, 4)" in text
 
 
 def test_folders_and_files_that_tell_nothing_are_named(tmp_path: Path) -> None:
-    assert "holds no adapter" in refusal(lambda: load(tmp_path))
+    assert "holds no adapter" in refusal(lambda: load_adapter(tmp_path))
     (tmp_path / "adapters.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    assert "does not tell what it is" in refusal(lambda: load(tmp_path))
+    assert "does not say what it is" in refusal(lambda: load_adapter(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"x": 1}')
-    assert "no adapter that Graft knows" in refusal(lambda: load(tmp_path))
+    assert "no adapter that Graft knows" in refusal(lambda: load_adapter(tmp_path))
     (tmp_path / "adapters.npz").write_bytes(b"")
-    assert "name one of them" in refusal(lambda: load(tmp_path))
+    assert "name one of them" in refusal(lambda: load_adapter(tmp_path))
 
 
 # ---- broken files ----------------------------------------------------------------------------
@@ -730,5 +723,5 @@ def test_content_tells_the_form_whatever_the_name(tmp_path: Path) -> None:
     for form, name in (("gguf", "gguf"), ("ggla", "ggla"), ("old npz", "npz")):
         path = sample(form, tmp_path / form)
         odd = path.rename(path.with_name("thing.dat"))
-        assert detect(odd) == name
+        assert detect_format(odd).name == name
         assert outcome(odd) == ""

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import Adapter, apply_adapter, layer_configs
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import AdapterRecord, apply_adapter, layer_settings, load_adapter
-from graft.adapters.formats import WRITERS, Adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats.gguf import write_gguf
+from graft.adapters.formats.mlx_lm import write_mlx_lm
+from graft.adapters.formats.peft import write_peft
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import plan
-from graft.pretrained.base_config import BaseModel
+from graft.pretrained.base_config import BaseConfig
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,7 +62,7 @@ def trained(config: dict[str, Any], targets: str, **settings: Any) -> tuple[nn.M
             noise = mx.random.normal(layer[name].shape, key=mx.random.key(number))
             layer[name] = layer[name] + 0.1 * noise
     model.eval()
-    layers = layer_settings(model)
+    layers = layer_configs(model)
     tensors = {
         f"{path}.{name}": array
         for path, layer in lora_layers(model)
@@ -92,7 +95,7 @@ def test_peft_gives_the_logits_of_graft(
         pytest.skip("PEFT's length of an embedding is another: kind embedding-columns")
     model, adapter = trained(config, targets, method=method)
     write_model(tmp_path / "base", config)
-    WRITERS["peft"](adapter, tmp_path / "peft", base=BaseModel("base", config))
+    write_peft(adapter, tmp_path / "peft", base=BaseConfig("base", config))
     theirs = peft.PeftModel.from_pretrained(torch_model(tmp_path / "base"), tmp_path / "peft")
     close(torch_logits(theirs), model(mx.array(IDS)), base=base_logits(config))
 
@@ -106,7 +109,7 @@ def test_peft_takes_ranks_and_alphas_that_differ(tmp_path: Path) -> None:
         alpha_pattern={"v_proj": 3.0},
     )
     write_model(tmp_path / "base", LLAMA)
-    WRITERS["peft"](adapter, tmp_path / "peft")
+    write_peft(adapter, tmp_path / "peft")
     theirs = peft.PeftModel.from_pretrained(torch_model(tmp_path / "base"), tmp_path / "peft")
     close(torch_logits(theirs), model(mx.array(IDS)), base=base_logits(LLAMA))
 
@@ -129,8 +132,8 @@ def test_an_interleaved_base_goes_to_peft_in_halves(tmp_path: Path) -> None:
     meta.eval()
     tensors = {f"{p}.{n}": a for p, layer in lora_layers(meta) for n, a in layer.tensors().items()}
     adapter = Adapter(tensors, {p: LayerConfig(4, 6.0) for p, _ in lora_layers(meta)})
-    base = BaseModel("meta", LLAMA | {"rope_traditional": True})
-    WRITERS["peft"](adapter, tmp_path / "peft", base=base)
+    base = BaseConfig("meta", LLAMA | {"rope_traditional": True})
+    write_peft(adapter, tmp_path / "peft", base=base)
     write_model(tmp_path / "base", LLAMA)
     theirs = peft.PeftModel.from_pretrained(torch_model(tmp_path / "base"), tmp_path / "peft")
     close(torch_logits(theirs), meta(mx.array(IDS)), base=base_logits(LLAMA))
@@ -182,8 +185,8 @@ def test_what_peft_trained_gives_its_logits_in_graft(
         )
         (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     model = make_model(config)
-    tensors, record = load_adapter(tmp_path / "peft")
-    apply_adapter(model, tensors, record, name="peft")
+    adapter = load_adapter(tmp_path / "peft")
+    apply_adapter(model, adapter, name="peft")
     model.eval()
     close(model(mx.array(IDS)), torch_logits(theirs), base=base_logits(config))
 
@@ -199,15 +202,15 @@ def test_mlx_lm_gives_the_logits_of_graft_and_back_bit_for_bit(
     from mlx_lm.tuner.utils import load_adapters
 
     model, adapter = trained(config, targets, method=method)
-    WRITERS["mlx-lm"](adapter, tmp_path / "out", base=BaseModel("base", config))
+    write_mlx_lm(adapter, tmp_path / "out", base=BaseConfig("base", config))
     theirs = load_adapters(make_model(config), str(tmp_path / "out"))
     theirs.eval()
     close(theirs(mx.array(IDS)), model(mx.array(IDS)), base=base_logits(config), atol=2e-5)
-    tensors, record = load_adapter(tmp_path / "out")
-    assert tensors.keys() == adapter.tensors.keys()
-    assert all(mx.array_equal(tensors[name], array) for name, array in adapter.tensors.items())
+    loaded = load_adapter(tmp_path / "out")
+    assert loaded.tensors.keys() == adapter.tensors.keys()
+    assert all(mx.array_equal(loaded.tensors[n], array) for n, array in adapter.tensors.items())
     again = make_model(config)
-    apply_adapter(again, tensors, record, name="mlx-lm")
+    apply_adapter(again, loaded, name="mlx-lm")
     again.eval()
     assert mx.array_equal(again(mx.array(IDS)), model(mx.array(IDS)))
 
@@ -235,8 +238,8 @@ def test_what_mlx_lm_trained_gives_its_logits_in_graft(tmp_path: Path) -> None:
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = make_model(LLAMA)
-    tensors, record = load_adapter(tmp_path)
-    apply_adapter(model, tensors, record, name="mlx-lm")
+    adapter = load_adapter(tmp_path)
+    apply_adapter(model, adapter, name="mlx-lm")
     model.eval()
     close(model(mx.array(IDS)), theirs(mx.array(IDS)), base=base_logits(LLAMA), atol=2e-5)
 
@@ -303,7 +306,7 @@ def test_llama_cpp_gives_the_logits_of_graft(
 ) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     model, adapter = trained(LLAMA, targets, **patterns)
-    WRITERS["gguf"](adapter, tmp_path / "a.gguf", base=BaseModel("base", LLAMA))
+    write_gguf(adapter, tmp_path / "a.gguf", base=BaseConfig("base", LLAMA))
     write_base_gguf(tmp_path / "base.gguf", LLAMA, tmp_path / "tokenizer.model")
 
     def logits(**settings: Any) -> np.ndarray:
@@ -327,5 +330,5 @@ def test_llama_cpp_gives_the_logits_of_graft(
     np.testing.assert_allclose(logits(), np.array(base), atol=1e-5)
     adapted = logits(lora_path=str(tmp_path / "a.gguf"))
     close(adapted, model(mx.array(IDS))[0], base=base, atol=1e-5)
-    record = load_adapter(tmp_path / "a.gguf")[1]
-    assert isinstance(record, AdapterRecord)
+    record = load_adapter(tmp_path / "a.gguf")
+    assert isinstance(record, Adapter)
