@@ -1,4 +1,4 @@
-"""Fused projections: finds the parts of a linear layer that computes several projections."""
+"""Finds the parts of fused projections: linear layers that compute several projections at once."""
 
 from collections.abc import Sequence
 
@@ -19,12 +19,12 @@ import mlx.nn as nn
 
 
 def find_fused_parts(module: nn.Module, name: str, parent: nn.Module | None) -> FusedParts | None:
-    """The parts of a linear layer that is a fused projection by its name, or `None`.
+    """The parts of a linear layer, none of them enabled; `None` if its name is not that of one.
 
     Args:
         module: the layer.
         name: the last part of its path.
-        parent: the module around it, whose numbers of heads tell the sizes.
+        parent: the module that contains it; its numbers of heads determine the parts' sizes.
     """
     names = FUSED_PROJECTIONS.get(name)
     if names is None or kind_of(module) is not LINEAR:

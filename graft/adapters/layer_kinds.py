@@ -1,8 +1,8 @@
-"""What a low-rank update means for each kind of layer.
+"""The kinds of layers that can be adapted, and what a low-rank update means for each.
 
-A `LayerKind` tells, for layers of one sort, which shapes A and B have, what their product is in the
-weight's own layout, and what it adds to the layer's output. The methods (`graft.adapters.methods`)
-are written once, in these terms. Knows nothing of methods, paths or files.
+A `LayerKind` defines, for one kind of layer, the shapes of A and B, their product in the layout of
+the weight, and what it adds to the layer's output. The methods (`graft.adapters.methods`) are
+written once, in these terms. Knows nothing of methods, paths or files.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from graft.models import is_quantized, linear_dims, weight_shape, with_arrays
+from graft.pretrained.architectures import EXPERT_LAYERS
 from graft.runtime.cpu import DequantizingLinear
 
 import mlx.core as mx
@@ -20,14 +21,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FusedParts:
-    """How a fused projection is divided, and which of its parts are adapted.
+    """The parts of a fused projection, and which of them are adapted.
 
     Attributes:
-        names: of the parts, in their order, such as `("q", "k", "v")`.
+        names: names of the parts in order, such as `("q", "k", "v")`.
         sizes: outputs of each part.
-        enabled: names of those that are adapted, in their order.
-        repeats: how often the division recurs, as where each head has its own q, k and v in a row;
-            the layer has `repeats * sum(sizes)` outputs.
+        enabled: names of the adapted parts, in order.
+        repeats: how many times the sequence of parts recurs, such as once per head; the layer has
+            `repeats * sum(sizes)` outputs.
     """
 
     names: tuple[str, ...]
@@ -36,7 +37,7 @@ class FusedParts:
     repeats: int = 1
 
     def outputs(self) -> list[int]:
-        """How many outputs each enabled part has."""
+        """The number of outputs of each enabled part."""
         return [self.repeats * self.sizes[self.names.index(name)] for name in self.enabled]
 
 
@@ -45,24 +46,24 @@ class LayerKind:
     """What a low-rank update means for one kind of layer.
 
     Attributes:
-        name: as records have it.
+        name: the name in adapter files.
         shapes: (base, rank) -> shapes of A and B.
-        fan_in: base -> how many inputs a column of A sums over.
-        largest_rank: base -> the highest rank that makes sense.
+        fan_in: base -> number of inputs that a column of A sums over.
+        largest_rank: base -> the highest useful rank.
         product: (base, a, b) -> A B in the layout of the base's weight.
         update: (base, a, b, *inputs) -> what A B adds to the output; `None` for merge-first, where
             the base runs with the sum of its weight and the product.
-        flat: weight -> the matrix that A times B makes when A has one row an input, `None` where
-            there is no single one.
-        norm: weight -> length of what each output sums over; `None` where DoRA is not defined.
-        spread: (one value an output, *inputs) -> the same, to be multiplied with the output.
-        input_alone: whether an output that is tied to the layer stays as it was.
-        takes_ids: whether the layer's input is ids and not numbers, as an embedding's.
-        ranked: whether A and B have a rank; a vector is trained whole.
-        rank_axes: the axes of A and of B along which the rank runs.
-        as_matrix: A or B -> a matrix, or a stack of matrices: (..., inputs, rank) of A and
-            (..., rank, outputs) of B.
-        from_matrix: (matrix, leading axes of A) -> A or B again; the leading axes are all but the
+        flat: weight -> the weight as a matrix (inputs, outputs), the shape of A B if A has one row
+            per input; `None` if the weight is not a single matrix.
+        norm: weight -> the norm of each output's weights; `None` if DoRA is not defined.
+        spread: (one value per output, *inputs) -> the values, shaped to multiply the output.
+        input_alone: whether an output that is tied to the layer stays unadapted.
+        takes_ids: whether the layer's input is token ids, as an embedding's.
+        ranked: whether A and B have a rank; vectors have none and are trained whole.
+        rank_axes: the axes of A and of B that have the size of the rank.
+        as_matrix: A or B -> a matrix or a stack of matrices: (..., inputs, rank) for A and
+            (..., rank, outputs) for B.
+        from_matrix: (matrix, leading axes) -> A or B again; the leading axes are those of A but the
             last two, such as a convolution's window, and () for B.
     """
 
@@ -83,14 +84,14 @@ class LayerKind:
     from_matrix: Callable[[mx.array, Shape], mx.array] = lambda matrix, leading: matrix
 
     def draw(self, base: nn.Module, rank: int, key: mx.array | None) -> tuple[mx.array, mx.array]:
-        """A uniform in +-1 / sqrt(fan_in) and B zero, float32."""
+        """Initial A, uniform in +-1 / sqrt(fan_in), and B, zero; both float32."""
         a_shape, b_shape = self.shapes(base, rank)
         bound = 1 / math.sqrt(self.fan_in(base))
         return mx.random.uniform(-bound, bound, shape=a_shape, key=key), mx.zeros(b_shape)
 
 
 def _row_norm(weight: mx.array) -> mx.array:
-    """Length of each output's weights: all axes but the first."""
+    """The norm of each output's weights, over all axes but the first."""
     return mx.linalg.norm(weight.astype(mx.float32).reshape(weight.shape[0], -1), axis=1)
 
 
@@ -111,7 +112,7 @@ LINEAR = LayerKind(
 )
 
 
-# One row of A is looked up at a time, so the fan-in is 1. A is (vocabulary, rank), B (rank, dims).
+# A is (vocabulary, rank) and B (rank, dims). One row of A is looked up at a time, so the fan-in is 1.
 EMBEDDING = LayerKind(
     "embedding",
     shapes=lambda base, rank: ((weight_shape(base)[0], rank), (rank, weight_shape(base)[1])),
@@ -126,10 +127,10 @@ EMBEDDING = LayerKind(
 )
 
 
-# The same at the input alone, as in PEFT: an output that is tied to the embedding stays as it was.
+# As in PEFT: only the input is adapted; an output that is tied to the embedding is not.
 EMBEDDING_INPUT = replace(EMBEDDING, name="embedding-input", input_alone=True)
 
-# The same with one length a dimension for DoRA, as in PEFT; mlx-lm has one a row.
+# As in PEFT: DoRA has one magnitude per dimension; in mlx-lm it has one per row.
 EMBEDDING_COLUMNS = replace(
     EMBEDDING_INPUT,
     name="embedding-columns",
@@ -144,10 +145,10 @@ def _conv_shapes(base: nn.Module, rank: int) -> tuple[Shape, Shape]:
 
 
 def _conv_update(base: nn.Module, a: mx.array, b: mx.array, x: mx.array) -> mx.array:
-    """The base's own convolution with A as its weight, then B at every place.
+    """The base's convolution with A as its weight, then B at every position.
 
-    With groups, A reads each group's channels in turn and each group's outputs take their own
-    columns of B: this is what W + (A B)^T does.
+    With groups, A reads the channels of each group in turn, and each group's outputs use their own
+    columns of B, as with the weight W + (A B)^T.
     """
     groups = _groups(base)
     weight = mx.concatenate([mx.moveaxis(a, -1, 0)] * groups)
@@ -213,10 +214,10 @@ EXPERTS = LayerKind(
 
 
 def _matrix(base: nn.Module) -> tuple[int, int, int]:
-    """(columns, rows, ranks a rank) of the matrix that merge-first makes of a weight.
+    """(columns, rows, factor on the rank) of the matrix that merge-first reshapes a weight to.
 
-    The columns are the last axis. A convolution's window is divided between rows and columns as in
-    loralib, where a rank counts for as many ranks as the window is wide.
+    The columns are the last axis. As in loralib, a convolution's window is divided between rows and
+    columns, and its rank is multiplied by the width of the window.
     """
     shape = weight_shape(base)
     if isinstance(base, CONVOLUTIONS):
@@ -231,12 +232,12 @@ def _groups(base: nn.Module) -> int:
 
 
 def _weight_shapes(base: nn.Module, rank: int) -> tuple[Shape, Shape]:
-    columns, rows, times = _matrix(base)
-    return (columns, rank * times), (rank * times, rows)
+    columns, rows, factor = _matrix(base)
+    return (columns, rank * factor), (rank * factor, rows)
 
 
 def _weight_product(base: nn.Module, a: mx.array, b: mx.array) -> mx.array:
-    """(A B)^T in the weight's shape; for a convolution, in that of PyTorch's layout first."""
+    """(A B)^T in the weight's shape; a convolution's is first reshaped to PyTorch's layout."""
     shape = weight_shape(base)
     matrix = (a @ b).T
     if isinstance(base, CONVOLUTIONS):
@@ -246,7 +247,7 @@ def _weight_product(base: nn.Module, a: mx.array, b: mx.array) -> mx.array:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Merge-first: for layers whose output A and B cannot be added to, or by choice.
+# Merge-first: for layers with an update of the weight only, and by choice for all others.
 WEIGHT = LayerKind(
     "weight",
     shapes=_weight_shapes,
@@ -255,7 +256,7 @@ WEIGHT = LayerKind(
     product=_weight_product,
 )
 
-# Vectors have no rank: they are trained whole.
+# Vectors have no rank and are trained whole.
 VECTOR = LayerKind(
     "vector",
     shapes=lambda base, rank: ((), ()),
@@ -265,7 +266,7 @@ VECTOR = LayerKind(
     ranked=False,
 )
 
-# A projection with several parts; `fused_kind` makes the kind that fits the parts of a layer.
+# A fused projection with adapted parts; `fused_kind` fills in what depends on the parts.
 FUSED = replace(LINEAR, name="fused", flat=None, norm=None)
 
 LAYER_KINDS = {
@@ -278,10 +279,10 @@ LAYER_KINDS = {
 
 
 def fused_kind(parts: FusedParts) -> LayerKind:
-    """A linear layer of several projections, of which some are adapted, each with its own A and B.
+    """The kind of a fused projection whose enabled parts each have their own A and B.
 
-    A is (input_dims, parts * rank), one part after the other, and B (rank, outputs of the parts),
-    as in loralib's `MergedLinear`, transposed.
+    A is (input_dims, parts * rank), one part after another, and B (rank, outputs of the parts), the
+    transpose of loralib's `MergedLinear`.
     """
     sizes = parts.outputs()
     cuts = [sum(sizes[:number]) for number in range(1, len(sizes))]
@@ -290,12 +291,14 @@ def fused_kind(parts: FusedParts) -> LayerKind:
         return (linear_dims(base)[0], len(sizes) * rank), (rank, sum(sizes))
 
     def outputs(z: mx.array, b: mx.array) -> mx.array:
-        """From (..., parts * rank) to all outputs, zero where a part is not enabled.
+        """From (..., parts * rank) to all outputs: zero for parts that are not enabled.
 
-        Adding -0.0 leaves every number as it is, -0.0 too.
+        The zero is -0.0, since adding it changes no number, not even -0.0.
         """
-        halves = zip(mx.split(z, len(sizes), axis=-1), mx.split(b, cuts, axis=1), strict=True)
-        by_name = dict(zip(parts.enabled, (part @ own for part, own in halves), strict=True))
+        pairs = zip(mx.split(z, len(sizes), axis=-1), mx.split(b, cuts, axis=1), strict=True)
+        by_name = dict(
+            zip(parts.enabled, (z_part @ b_part for z_part, b_part in pairs), strict=True)
+        )
         blocks = [
             mx.unflatten(by_name[name], -1, (parts.repeats, size))
             if name in by_name
@@ -313,7 +316,7 @@ def fused_kind(parts: FusedParts) -> LayerKind:
     )
 
 
-# From base type to kind. Types of mlx-lm stand by name, as importing it takes a second.
+# From base type to kind. Types of mlx-lm are given by name, since importing it takes a second.
 KINDS_BY_TYPE: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LINEAR,
     nn.QuantizedLinear: LINEAR,
@@ -323,25 +326,23 @@ KINDS_BY_TYPE: dict[type[nn.Module] | str, LayerKind] = {
     nn.Conv1d: CONV,
     nn.Conv2d: CONV,
     nn.Conv3d: CONV,
-    "mlx_lm.models.switch_layers.SwitchLinear": EXPERTS,
-    "mlx_lm.models.switch_layers.QuantizedSwitchLinear": EXPERTS,
+    **dict.fromkeys(EXPERT_LAYERS, EXPERTS),
 }
 
 
 def kind_of(module: nn.Module | None, parts: FusedParts | None = None) -> LayerKind | None:
     """The kind of a layer, or `None` if there is nothing to adapt in it.
 
-    A subclass with a `__call__` of its own may do anything with its weight, and a type that is not
-    in the table too, so these are merge-first. Vectors, as in norms, are trained whole.
+    A type that is not in the table, or a subclass that overrides `__call__`, may do anything with
+    its weight, so it is adapted merge-first. Vectors, such as those of norms, are trained whole.
 
     Args:
         module: the layer.
-        parts: divides a linear layer, which makes it a fused projection.
+        parts: the parts of a linear layer that is a fused projection.
     """
     for parent in type(module).__mro__:
-        kind = KINDS_BY_TYPE.get(parent) or KINDS_BY_TYPE.get(
-            f"{parent.__module__}.{parent.__qualname__}"
-        )
+        name = f"{parent.__module__}.{parent.__qualname__}"
+        kind = KINDS_BY_TYPE.get(parent) or KINDS_BY_TYPE.get(name)
         if kind is not None and parent.__call__ is type(module).__call__:
             return fused_kind(parts) if parts and kind is LINEAR else kind
     weight = None if module is None else module.get("weight")

@@ -6,13 +6,13 @@ of a fused projection (`c_attn.q`). Knows module paths, kinds and methods; nothi
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.adapters.fused_projections import find_fused_parts
 from graft.adapters.layer_config import LayerConfig, config_problems
-from graft.adapters.layer_kinds import VECTOR, FusedParts, LayerKind, kind_of
+from graft.adapters.layer_kinds import EXPERTS, LINEAR, VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
 from graft.errors import InputError
 from graft.pretrained.architectures import FEED_FORWARD_OUTPUTS
@@ -21,28 +21,31 @@ from graft.pretrained.module_paths import natural_key
 import mlx.nn as nn
 
 ALL_LINEAR = "all-linear"
+# Of a model with more transformer blocks, the last so many are adapted by default.
+DEFAULT_BLOCKS = 16
 
-# Words that stand for all layers of a sort within the chosen blocks.
+# Targets that name all layers of a sort within the chosen blocks.
 KEYWORDS: dict[str, Callable[["Candidate"], bool]] = {
     ALL_LINEAR: lambda layer: (
-        layer.kind.name in ("linear", "experts") or isinstance(layer.module, nn.Linear)
+        layer.kind in (LINEAR, EXPERTS) or isinstance(layer.module, nn.Linear)
     ),
-    "all-norms": lambda layer: layer.kind is VECTOR,
+    "all-norms": lambda layer: layer.kind == VECTOR,
     "all-biases": lambda layer: "bias" in layer.module,
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that can be named as a target.
+    """A layer, or a part of a fused projection, that a target can name.
 
     Attributes:
-        path: of the module.
-        names: whole paths that it answers to; more than one where a projection has a short name.
+        path: path of the module.
+        names: full names that targets are compared with; more than one if a projection has a short
+            name.
         module: the layer.
-        kind: of the layer.
-        parts: for one part of a fused projection, the division with that part alone enabled.
-        inside: whether it lies in the blocks that `num_layers` chose, and not beside them.
+        kind: kind of the layer.
+        parts: for a part of a fused projection, all parts with this one enabled.
+        inside: whether it is in the blocks that `num_layers` chooses; false outside of blocks.
     """
 
     path: str
@@ -53,10 +56,10 @@ class Candidate:
     inside: bool
 
     def matches(self, target: str) -> bool:
-        """Whether a target means this layer."""
+        """Whether a target names this layer."""
         if target in KEYWORDS:
             return self.inside and self.parts is None and KEYWORDS[target](self)
-        return any(_names(name, target) for name in self.names)
+        return any(_is_named(name, target) for name in self.names)
 
 
 def plan(
@@ -70,50 +73,56 @@ def plan(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LayerConfig]:
-    """How each layer that is to be adapted is adapted, for `graft.adapters.attach.attach`.
+    """Choose the layers to adapt, and how, for `graft.adapters.attach.attach`.
 
     A target is a module's name (`q_proj`), the end of its path (`mlp.up_proj`), a whole path, a
-    glob over whole paths (`*.mlp.*`), one of `KEYWORDS`, or one of these with the part of a fused
-    projection behind it (`c_attn.q`). Patterns name layers in the same way.
+    glob over whole paths (`*.mlp.*`), one of `KEYWORDS`, or one of these followed by the part of a
+    fused projection (`c_attn.q`). Patterns name layers in the same way.
 
     Args:
         model: any MLX model.
-        targets: what to adapt, also as one string with commas; by default what suits the method.
-        rank: of layers that no pattern names; vectors have none.
-        alpha: of layers that no pattern names.
+        targets: the layers to adapt, as a list or separated by commas; by default those that suit
+            the method.
+        rank: rank of layers that no pattern names; vectors have none.
+        alpha: alpha of layers that no pattern names.
         method: one of `graft.adapters.methods.METHODS`.
-        num_layers: how many of the last transformer blocks, in a model that has such; -1 for all,
-            `None` for 16 or all if there are fewer. Layers outside of blocks, such as `lm_head`,
-            are adapted if they are named.
+        num_layers: adapt the last N transformer blocks, if the model has any; -1 adapts all, `None`
+            the last 16. Layers outside of the blocks, such as `lm_head`, are adapted if a target
+            other than a keyword names them.
         rank_pattern: from target to rank.
         alpha_pattern: from target to alpha.
 
+    Returns:
+        The configuration of each layer to adapt, by module path.
+
     Raises:
         InputError: targets or patterns that match nothing, patterns that disagree, ranks that a
-            layer cannot have, a method on a layer that does not define it, more blocks than there
+            layer cannot have, a method on a layer that it is not defined on, more blocks than there
             are; all of them named.
     """
     if method not in METHODS:
-        raise InputError(f"--method {method}: there are {', '.join(METHODS)}")
+        raise InputError(f"--method {method}: there are {', '.join(sorted(METHODS))}")
     targets = METHODS[method].targets if targets is None else targets
     wanted = targets.split(",") if isinstance(targets, str) else targets
     wanted = [target.strip() for target in wanted if target.strip()]
     if not wanted:
         raise InputError(f"--targets {targets!r} names nothing; all-linear names every projection")
-    found = candidates(model, num_layers)
-    problems = _unmatched_targets(wanted, found, method)
-    chosen = _choose(found, wanted)
-    ranks, rank_problems = _apply("--rank-pattern", rank_pattern or {}, chosen, found)
-    alphas, alpha_problems = _apply("--alpha-pattern", alpha_pattern or {}, chosen, found)
-    settings = {
-        path: _setting(layer, rank, alpha, method, ranks.get(path), alphas.get(path))
+    layers = candidates(model, num_layers)
+    problems = _unmatched_targets(wanted, layers, kinds=METHODS[method].kinds)
+    chosen = _choose(layers, wanted)
+    ranks, rank_problems = _match_pattern("--rank-pattern", rank_pattern or {}, chosen, layers)
+    alphas, alpha_problems = _match_pattern("--alpha-pattern", alpha_pattern or {}, chosen, layers)
+    configs = {
+        path: _config(
+            layer, method, rank=ranks.get(path), alpha=alphas.get(path), defaults=(rank, alpha)
+        )
         for path, layer in chosen.items()
     }
     problems += rank_problems + alpha_problems
-    problems += config_problems({path: layer.module for path, layer in chosen.items()}, settings)
+    problems += config_problems({path: layer.module for path, layer in chosen.items()}, configs)
     if problems:
         raise InputError("; ".join(problems))
-    return settings
+    return configs
 
 
 def choose_layers(
@@ -130,21 +139,21 @@ def candidates(model: nn.Module, num_layers: int | None = None) -> list[Candidat
     """Everything in a model that can be adapted, in the model's order.
 
     Raises:
-        InputError: more blocks asked for than there are, or of a model that has none.
+        InputError: the model has fewer blocks than `num_layers`, or none.
     """
     modules = dict(model.named_modules())
     blocks, chosen = _blocks(model, num_layers)
     outside = set(blocks) - set(chosen)
-    found = []
+    layers = []
     for path in sorted(modules, key=natural_key):
         kind = kind_of(modules[path])
-        if kind is None or not path or _within(path, outside):
+        if kind is None or not path or _is_within(path, outside):
             continue
-        inside = not blocks or _within(path, chosen)
+        inside = not blocks or _is_within(path, chosen)
         parent = modules.get(path.rpartition(".")[0])
-        layer = Candidate(path, _all_names(path, parent), modules[path], kind, None, inside)
-        found += [layer, *_part_candidates(layer, parent)]
-    return found
+        layer = Candidate(path, _full_names(path, parent), modules[path], kind, None, inside)
+        layers += [layer, *_part_candidates(layer, parent)]
+    return layers
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -161,23 +170,23 @@ def block_paths(model: nn.Module) -> list[str]:
 
 
 def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
-    """The mapping that `q_proj=16,*norm*=1` stands for.
+    """Parse a pattern such as `q_proj=16,*norm*=1` into a mapping from target to number.
 
     Raises:
-        InputError: pieces that are not NAME=NUMBER, all of them named.
+        InputError: pieces that are not NAME=NUMBER; all of them named.
     """
-    result, problems = {}, []
+    numbers, problems = {}, []
     for piece in filter(None, text.split(",")):
         name, _, value = piece.rpartition("=")
         try:
-            result[name.strip()] = number(value)
+            numbers[name.strip()] = number(value)
         except ValueError:
             name = ""
         if not name:
             problems.append(f"{option}: {piece!r} is not NAME=NUMBER, such as q_proj=16")
     if problems:
         raise InputError("; ".join(problems))
-    return result
+    return numbers
 
 
 def _blocks(model: nn.Module, num_layers: int | None) -> tuple[list[str], list[str]]:
@@ -188,7 +197,7 @@ def _blocks(model: nn.Module, num_layers: int | None) -> tuple[list[str], list[s
         if num_layers in (None, -1):
             return [], []
         raise
-    count = min(16, len(blocks)) if num_layers is None else num_layers
+    count = min(DEFAULT_BLOCKS, len(blocks)) if num_layers is None else num_layers
     if count > len(blocks) or count < -1 or count == 0:
         raise InputError(
             f"--lora-layers {num_layers}: the model has {len(blocks)} layers; "
@@ -197,15 +206,25 @@ def _blocks(model: nn.Module, num_layers: int | None) -> tuple[list[str], list[s
     return blocks, blocks if count == -1 else blocks[-count:]
 
 
-def _within(path: str, folders: Iterable[str]) -> bool:
+def _is_within(path: str, folders: Iterable[str]) -> bool:
     return any(path == folder or path.startswith(folder + ".") for folder in folders)
 
 
-def _all_names(path: str, parent: nn.Module | None) -> tuple[str, ...]:
-    """A path, and the short name that attention's projections have (`query` for `query_proj`)."""
+def _full_names(path: str, parent: nn.Module | None) -> tuple[str, ...]:
+    """A path, and the short name of attention's projections (`query` for `query_proj`)."""
     short = path.removesuffix("_proj")
     is_short = isinstance(parent, nn.MultiHeadAttention) and short != path
     return (path, short) if is_short else (path,)
+
+
+def _last_names(layers: Iterable[Candidate], kinds: Container[str] | None = None) -> str:
+    """The last part of the layers' names, for an error message."""
+    names = {
+        layer.names[0].rpartition(".")[2]
+        for layer in layers
+        if layer.parts is None and (kinds is None or layer.kind.name in kinds)
+    }
+    return ", ".join(sorted(names))
 
 
 def _part_candidates(layer: Candidate, parent: nn.Module | None) -> list[Candidate]:
@@ -218,14 +237,14 @@ def _part_candidates(layer: Candidate, parent: nn.Module | None) -> list[Candida
     ]
 
 
-def _names(path: str, target: str) -> bool:
+def _is_named(path: str, target: str) -> bool:
     return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
 
 
-def _choose(found: Sequence[Candidate], targets: Sequence[str]) -> dict[str, Candidate]:
-    """The candidates that a target means, by path; parts of one projection come together."""
+def _choose(layers: Iterable[Candidate], targets: Sequence[str]) -> dict[str, Candidate]:
+    """The candidates that the targets name, by path; parts of one projection become one entry."""
     chosen: dict[str, Candidate] = {}
-    for layer in found:
+    for layer in layers:
         if not any(layer.matches(target) for target in targets):
             continue
         present = chosen.get(layer.path)
@@ -240,79 +259,74 @@ def _choose(found: Sequence[Candidate], targets: Sequence[str]) -> dict[str, Can
 
 
 def _unmatched_targets(
-    targets: Sequence[str], found: Sequence[Candidate], method: str
+    targets: Sequence[str], layers: Sequence[Candidate], *, kinds: Container[str]
 ) -> list[str]:
-    unmatched = [t for t in targets if not any(layer.matches(t) for layer in found)]
+    unmatched = [t for t in targets if not any(layer.matches(t) for layer in layers)]
     if not unmatched:
         return []
-    kinds = METHODS[method].kinds
-    names = {
-        layer.names[0].rpartition(".")[2]
-        for layer in found
-        if layer.parts is None and layer.kind.name in kinds
-    }
     return [
-        f"--targets {','.join(unmatched)} matches no layer; there are {', '.join(sorted(names))} "
+        f"--targets {','.join(unmatched)} matches no layer; there are {_last_names(layers, kinds)} "
         f"(or {', '.join(KEYWORDS)}, a path, a glob)"
     ]
 
 
-def _apply(
+def _match_pattern(
     option: str,
     pattern: Mapping[str, Any],
     chosen: Mapping[str, Candidate],
-    found: Sequence[Candidate],
+    layers: Sequence[Candidate],
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a pattern says for each path, and what is wrong with it."""
-    said: dict[str, dict[str, Any]] = {
+    """The number that a pattern sets for each chosen layer that it names, and its problems."""
+    matches: dict[str, dict[str, Any]] = {
         path: {name: value for name, value in pattern.items() if _pattern_matches(layer, name)}
         for path, layer in chosen.items()
     }
     problems = [
-        _idle(f"{option} {name}={value}", name, found)
+        _unused(f"{option} {name}={value}", name, layers)
         for name, value in pattern.items()
-        if not any(name in values for values in said.values())
+        if not any(name in values for values in matches.values())
     ]
     disagreements: dict[str, list[str]] = {}
-    for path, values in said.items():
+    for path, values in matches.items():
         if len(set(values.values())) > 1:
-            both = " and ".join(f"{name}={value}" for name, value in values.items())
-            disagreements.setdefault(both, []).append(path)
+            pieces = " and ".join(f"{name}={value}" for name, value in values.items())
+            disagreements.setdefault(pieces, []).append(path)
     problems += [
-        f"{option}: {both} disagree on {', '.join(paths)}" for both, paths in disagreements.items()
+        f"{option}: {pieces} disagree on {', '.join(paths)}"
+        for pieces, paths in disagreements.items()
     ]
-    return {path: next(iter(values.values())) for path, values in said.items() if values}, problems
+    return {
+        path: next(iter(values.values())) for path, values in matches.items() if values
+    }, problems
 
 
-def _idle(piece: str, name: str, found: Sequence[Candidate]) -> str:
-    """What is wrong with a piece of a pattern that reaches no chosen layer."""
-    others = dict.fromkeys(layer.path for layer in found if _pattern_matches(layer, name))
-    if others:
-        return f"{piece} names {', '.join(others)}, not chosen: add it to --targets"
-    names = sorted({layer.names[0].rpartition(".")[2] for layer in found if layer.parts is None})
-    return f"{piece} matches no layer; there are {', '.join(names)}"
+def _unused(piece: str, name: str, layers: Sequence[Candidate]) -> str:
+    """The problem of a piece of a pattern that names no chosen layer."""
+    paths = dict.fromkeys(layer.path for layer in layers if _pattern_matches(layer, name))
+    if paths:
+        return f"{piece} names {', '.join(paths)}, not chosen: add it to --targets"
+    return f"{piece} matches no layer; there are {_last_names(layers)}"
 
 
 def _pattern_matches(layer: Candidate, name: str) -> bool:
-    return layer.matches(name) or _names(layer.path, name)
+    return layer.matches(name) or _is_named(layer.path, name)
 
 
-def _setting(
+def _config(
     layer: Candidate,
-    rank: int,
-    alpha: float,
     method: str,
-    own_rank: int | None,
-    own_alpha: float | None,
+    *,
+    rank: int | None,
+    alpha: float | None,
+    defaults: tuple[int, float],
 ) -> LayerConfig:
-    """A layer's setting: what patterns say, else what is said for all, else 1 without a rank."""
-    on_ends = METHODS[method].on_feed_forward_ends
-    if on_ends and any(_names(layer.path, end) for end in FEED_FORWARD_OUTPUTS):
-        method = on_ends
-    without_rank = layer.kind is VECTOR or not METHODS[method].ranked
-    rank, alpha = (1, 1.0) if without_rank else (rank, alpha)
-    rank = rank if own_rank is None else own_rank
-    if METHODS[method].alpha_is_rank:
-        alpha = float(rank)
-    alpha = alpha if own_alpha is None else own_alpha
+    """A layer's configuration: rank and alpha as patterns set them, or else the defaults."""
+    variant = METHODS[method].on_feed_forward_ends
+    if variant and any(_is_named(layer.path, end) for end in FEED_FORWARD_OUTPUTS):
+        method = variant
+    if layer.kind == VECTOR or not METHODS[method].ranked:
+        defaults = 1, 1.0
+    rank = defaults[0] if rank is None else rank
+    if alpha is None:
+        alpha = float(rank) if METHODS[method].alpha_is_rank else defaults[1]
     return LayerConfig(rank, alpha, method, parts=layer.parts)

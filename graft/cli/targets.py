@@ -3,33 +3,32 @@
 import argparse
 from collections.abc import Sequence
 
-from graft.adapters.attach import attach, count_parameters
+from graft.adapters.attach import attach, count_parameters, lora_layers
 from graft.adapters.layer_config import LayerConfig
-from graft.adapters.layer_kinds import VECTOR
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import Candidate, candidates
 from graft.cli.command import command
+from graft.console import table
 from graft.models import is_quantized, weight_shape
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import read_model
 from graft.training import options as run_options
 from graft.training.setup import plan_run
 
-from mlx.utils import tree_flatten
-
-FIELDS = (
+TARGET_OPTIONS = (
     *("model", "lora_layers", "method", "targets"),
     *("rank", "alpha", "rank_pattern", "alpha_pattern"),
 )
+NUMBERS = ("rank", "alpha", "parameters")
+COLUMNS = ("layer", "kind", "shape", "trained", *NUMBERS)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of `lora.py` that tell what is adapted."""
-    text = "Show which layers of a model can be adapted, and what would be trained at what rank."
-    parser = run_options.build_parser(text, FIELDS)
-    methods = (f"  {name:<12} {method.text}" for name, method in METHODS.items())
+    """A parser of those options of `lora.py` that decide what is adapted."""
+    text = "Show which layers of a model can be adapted, and what these options would train."
+    parser = run_options.build_parser(text, TARGET_OPTIONS)
+    methods = (f"  {name:<12} {METHODS[name].text}" for name in sorted(METHODS))
     parser.epilog = "\n".join(["methods:", *methods])
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
 
 
@@ -38,58 +37,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of every layer that can be adapted, and the totals.
 
     Raises:
-        InputError: as for `plan`.
+        InputError: as for `graft.adapters.targets.plan`.
     """
     options = run_options.from_mapping(run_options.parse(build_parser(), argv))
     model, _ = read_model(find_folder(options.model))
-    settings = plan_run(model, options)
-    found = candidates(model, -1)
-    layers = [layer for layer in found if layer.parts is None]
-    parts = {layer.path: layer.parts.names for layer in found if layer.parts is not None}
+    configs = plan_run(model, options)
+    layers = candidates(model, -1)
+    parts = {layer.path: layer.parts.names for layer in layers if layer.parts is not None}
+    layers = [layer for layer in layers if layer.parts is None]
     total = count_parameters(model)[1]
-    attach(model, settings, for_loading=True)
-    trained = {
-        path: sum(array.size for array in dict(tree_flatten(layer.trainable_parameters())).values())
-        for path, layer in model.named_modules()
-        if path in settings
-    }
+    attach(model, configs, for_loading=True)
+    trained = {path: count_parameters(layer)[0] for path, layer in lora_layers(model)}
     rows = [
-        _row(layer, parts.get(layer.path, ()), settings.get(layer.path), trained.get(layer.path, 0))
+        _row(layer, parts.get(layer.path, ()), configs.get(layer.path), trained.get(layer.path, 0))
         for layer in layers
     ]
-    print(_table(("layer", "kind", "shape", "trained", "rank", "alpha", "parameters"), rows))
+    print(table(COLUMNS, rows, right=NUMBERS))
     count = sum(trained.values())
     print(
-        f"\n{len(settings)} of {len(layers)} layers adapted: {count:,} parameters trained beside "
+        f"\n{len(configs)} of {len(layers)} layers adapted: {count:,} parameters trained beside "
         f"{total:,} of the model ({count / total:.2%})"
     )
     return 0
 
 
 def _row(
-    layer: Candidate, parts: Sequence[str], setting: LayerConfig | None, trained: int
+    layer: Candidate, parts: Sequence[str], config: LayerConfig | None, trained: int
 ) -> tuple[str, ...]:
-    """A line of the table: what the layer is, with its parts, and how it is adapted."""
+    """The cells of a layer: what it is, with its parts, and how it is adapted."""
     kind = layer.kind.name + (f" ({', '.join(parts)})" if parts else "")
     bits = f", {layer.module.bits} bits" if is_quantized(layer.module) else ""
     shape = "x".join(map(str, weight_shape(layer.module))) + bits
-    if setting is None:
+    if config is None:
         return layer.path, kind, shape, "-", "", "", ""
-    enabled = f" {'+'.join(setting.parts.enabled)}" if setting.parts else ""
-    rank = str(setting.rank) if layer.kind is not VECTOR and METHODS[setting.method].ranked else "-"
-    how = setting.method + enabled
-    return layer.path, kind, shape, how, rank, f"{setting.alpha:g}", f"{trained:,}"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest entry; numbers stand to the right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = ("rank", "alpha", "parameters")
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(head, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    enabled = f" {'+'.join(config.parts.enabled)}" if config.parts else ""
+    has_rank = layer.kind.ranked and METHODS[config.method].ranked
+    rank = str(config.rank) if has_rank else "-"
+    how = config.method + enabled
+    return layer.path, kind, shape, how, rank, f"{config.alpha:g}", f"{trained:,}"
