@@ -112,7 +112,7 @@ LINEAR = LayerKind(
 )
 
 
-# A is (vocabulary, rank) and B (rank, dims). One row of A is looked up at a time, so the fan-in is 1.
+# A is (vocabulary, rank), B (rank, dims). One row of A is looked up at a time: the fan-in is 1.
 EMBEDDING = LayerKind(
     "embedding",
     shapes=lambda base, rank: ((weight_shape(base)[0], rank), (rank, weight_shape(base)[1])),
@@ -247,7 +247,7 @@ def _weight_product(base: nn.Module, a: mx.array, b: mx.array) -> mx.array:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Merge-first: for layers with an update of the weight only, and by choice for all others.
+# Merge-first: for layers of unknown types, and by choice for all others.
 WEIGHT = LayerKind(
     "weight",
     shapes=_weight_shapes,
@@ -296,9 +296,8 @@ def fused_kind(parts: FusedParts) -> LayerKind:
         The zero is -0.0, since adding it changes no number, not even -0.0.
         """
         pairs = zip(mx.split(z, len(sizes), axis=-1), mx.split(b, cuts, axis=1), strict=True)
-        by_name = dict(
-            zip(parts.enabled, (z_part @ b_part for z_part, b_part in pairs), strict=True)
-        )
+        products = (z_part @ b_part for z_part, b_part in pairs)
+        by_name = dict(zip(parts.enabled, products, strict=True))
         blocks = [
             mx.unflatten(by_name[name], -1, (parts.repeats, size))
             if name in by_name
