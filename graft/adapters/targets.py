@@ -102,11 +102,7 @@ def plan(
     """
     if method not in METHODS:
         raise InputError(f"--method {method}: there are {', '.join(sorted(METHODS))}")
-    targets = METHODS[method].targets if targets is None else targets
-    wanted = targets.split(",") if isinstance(targets, str) else targets
-    wanted = [target.strip() for target in wanted if target.strip()]
-    if not wanted:
-        raise InputError(f"--targets {targets!r} names nothing; all-linear names every projection")
+    wanted = _target_list(METHODS[method].targets if targets is None else targets)
     layers = candidates(model, num_layers)
     problems = _unmatched_targets(wanted, layers, kinds=METHODS[method].kinds)
     chosen = _choose(layers, wanted)
@@ -187,6 +183,14 @@ def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
     if problems:
         raise InputError("; ".join(problems))
     return numbers
+
+
+def _target_list(targets: str | Sequence[str]) -> list[str]:
+    names = targets.split(",") if isinstance(targets, str) else targets
+    wanted = [name.strip() for name in names if name.strip()]
+    if not wanted:
+        raise InputError(f"--targets {targets!r} names nothing; all-linear names every projection")
+    return wanted
 
 
 def _blocks(model: nn.Module, num_layers: int | None) -> tuple[list[str], list[str]]:
