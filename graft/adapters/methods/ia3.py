@@ -1,4 +1,4 @@
-"""(IA)3: one trained factor per output."""
+"""(IA)3: one trained factor per output, or per input of a feed-forward block's second matrix."""
 
 import functools
 
@@ -58,5 +58,16 @@ register_method(
         targets="k_proj,v_proj,down_proj",
         ranked=False,
         on_feed_forward_ends="ia3-input",
+    ),
+)
+
+register_method(
+    "ia3-input",
+    Method(
+        formula=ia3_formula(scales_input=True),
+        kinds=("linear", "conv"),
+        text="one trained factor per input",
+        targets="down_proj",
+        ranked=False,
     ),
 )
