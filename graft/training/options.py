@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.method_names import method_names
 from graft.cli.command import Parser
 from graft.errors import InputError
 
@@ -96,11 +97,7 @@ class Options:
         None,
         "the last so many transformer layers are adapted, -1 for all (default: 16, or all)",
     )
-    method: str = option(
-        "lora",
-        "what is trained: lora, rslora, dora, pissa, olora, loftq, vera, ia3, full, norm, bias or "
-        "merge-first",
-    )
+    method: str = option("lora", f"training method: {', '.join(method_names())}")
     targets: str | None = option(
         None,
         "what to adapt, by comma: names (q_proj, lm_head), paths, globs ('*.mlp.*'), all-linear, "

@@ -7,8 +7,9 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.adapted_layer import MethodFormula
+from graft.adapters.adapter import apply_adapter
 from graft.adapters.attach import attach, lora_layers
-from graft.adapters.files import apply_adapter, load_adapter, save_adapter
+from graft.adapters.files import load_adapter, save_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.method_names import method_names
 from graft.adapters.methods import METHODS, Method, register_method
@@ -388,7 +389,7 @@ def test_a_method_registered_from_outside_trains_saves_and_loads(
     again = make_model(QWEN2)
     nn.quantize(again, group_size=32, bits=4)
     assert not mx.allclose(again(TOKENS), expected)
-    apply_adapter(again, *load_adapter(tmp_path), name="toy")
+    apply_adapter(again, load_adapter(tmp_path), name="toy")
     assert mx.array_equal(again(TOKENS), expected)
 
 

@@ -1,10 +1,10 @@
 """The training methods: LoRA and its variants, one file each.
 
-Every module in this folder is imported and registers the method that it is named after, so adding a
-method means adding one file. Code outside this repository calls `register_method` itself. A method's
-formula is written once for all kinds of layers: W is the frozen weight, f(x; W) the output of the
-base, and (x A) B the low-rank update in the terms of the layer's kind. Methods know nothing of
-module paths or files.
+Every module in this folder is imported and registers the method that it is named after, so adding
+a method means adding one file. Code outside this repository calls `register_method` itself. A
+method's formula is written once for all kinds of layers: W is the frozen weight, f(x; W) the output
+of the base, and (x A) B the low-rank update in the terms of the layer's kind. Methods know nothing
+of module paths or files.
 """
 
 import importlib
