@@ -19,31 +19,19 @@ from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_t
 import numpy as np
 import pytest
 
+from support.byte_tokenizer import ByteTokenizer
 from support.tiny import TEXTS, write_hugging_face_tokenizer, write_rows, write_sentencepiece
 
 
-class Bytes:
-    """A tokenizer of UTF-8 bytes: 1 begins, 2 ends, byte b is 3 + b."""
-
-    eos_token_id = 2
-    eos_token_ids = frozenset({2})
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [3 + byte for byte in text.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(token - 3 for token in ids if token > 2).decode()
-
-
-class WithoutEnd(Bytes):
+class WithoutEnd(ByteTokenizer):
     eos_token_id = -1
 
 
-class WithNoneForEnd(Bytes):
+class WithNoneForEnd(ByteTokenizer):
     eos_token_id = None
 
 
-class EndsItself(Bytes):
+class EndsItself(ByteTokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [*super().encode(text, add_special_tokens=add_special_tokens), 2]
 
@@ -59,7 +47,7 @@ def rows(*texts: str) -> list[Row]:
 
 
 def test_a_row_ends_with_eos_and_all_but_its_first_token_is_trained() -> None:
-    split = tokenize_rows(rows("ab"), Bytes(), max_length=10)
+    split = tokenize_rows(rows("ab"), ByteTokenizer(), max_length=10)
     (example,) = split.examples
     assert example.tokens.tolist() == [1, 100, 101, 2]
     assert example.loss_mask.tolist() == [False, True, True, True]
@@ -69,7 +57,7 @@ def test_a_row_ends_with_eos_and_all_but_its_first_token_is_trained() -> None:
 
 def test_rows_that_are_cut_are_counted_and_have_no_eos() -> None:
     texts = ["a" * length for length in (7, 8, 9, 20)]  # with BOS and EOS 9, 10, 11 and 22
-    split = tokenize_rows(rows(*texts), Bytes(), max_length=10)
+    split = tokenize_rows(rows(*texts), ByteTokenizer(), max_length=10)
     assert split.truncated == 2
     assert [len(example) for example in split.examples] == [9, 10, 10, 10]
     assert [example.tokens[-1] == 2 for example in split.examples] == [True, True, False, False]
@@ -77,7 +65,7 @@ def test_rows_that_are_cut_are_counted_and_have_no_eos() -> None:
 
 
 def test_a_row_that_loses_only_its_eos_counts_as_cut() -> None:
-    split = tokenize_rows(rows("a" * 9), Bytes(), max_length=10)
+    split = tokenize_rows(rows("a" * 9), ByteTokenizer(), max_length=10)
     assert (split.truncated, split.examples[0].tokens[-1]) == (1, 100)
 
 
@@ -87,7 +75,7 @@ def test_eos_comes_once_where_the_tokenizer_adds_it() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [WithoutEnd(), WithNoneForEnd()])
-def test_a_tokenizer_without_eos_adds_none(tokenizer: Bytes) -> None:
+def test_a_tokenizer_without_eos_adds_none(tokenizer: ByteTokenizer) -> None:
     (example,) = tokenize_rows(rows("a"), tokenizer, max_length=10).examples
     assert example.tokens.tolist() == [1, 100]
 
@@ -125,13 +113,13 @@ def test_masked_prompts_leave_the_completion_and_its_end(
 
 def test_without_eos_a_masked_row_learns_the_completion_alone() -> None:
     row = Row({"prompt": "ab", "completion": "cd"}, "x:1")
-    for tokenizer, end in ((Bytes(), []), (EndsItself(), [2])):
+    for tokenizer, end in ((ByteTokenizer(), []), (EndsItself(), [2])):
         (example,) = tokenize_rows(
             [row], tokenizer, max_length=99, add_eos=False, mask_prompt=not end
         ).examples
         assert example.tokens.tolist() == [1, 100, 101, 102, 103, *end]
     (example,) = tokenize_rows(
-        [row], Bytes(), max_length=99, add_eos=False, mask_prompt=True
+        [row], ByteTokenizer(), max_length=99, add_eos=False, mask_prompt=True
     ).examples
     assert example.loss_mask.tolist() == [False, False, False, True, True]
 
@@ -140,12 +128,12 @@ def test_rows_with_nothing_left_to_learn_are_skipped_and_counted() -> None:
     # mlx-lm's loss is NaN where the prompt fills the row: 0 / 0.
     lengths = {5: False, 8: False, 9: True, 12: True}  # of the prompt, and whether it fills a row
     data = [Row({"prompt": "p" * length, "completion": "c"}, f"x:{length}") for length in lengths]
-    split = tokenize_rows(data, Bytes(), max_length=10, mask_prompt=True)
+    split = tokenize_rows(data, ByteTokenizer(), max_length=10, mask_prompt=True)
     assert (len(split), split.skipped, split.truncated) == (2, 2, 3)
     assert all(example.loss_mask.any() for example in split.examples)
     assert split.shape_counts == {"prompt-completion pair": 4}
     user = Row({"messages": [{"role": "user", "content": "anyone?"}]}, "x:1")
-    split = tokenize_rows([*data[:1], user], Bytes(), max_length=99, mask_prompt=True)
+    split = tokenize_rows([*data[:1], user], ByteTokenizer(), max_length=99, mask_prompt=True)
     assert (len(split), split.skipped) == (1, 1)
 
 
@@ -157,7 +145,7 @@ def test_plain_chats_learn_the_assistant_and_each_end() -> None:
         {"role": "assistant", "content": "d"},
     ]
     row = Row({"messages": messages}, "x:1")
-    (example,) = tokenize_rows([row], Bytes(), max_length=99, mask_prompt=True).examples
+    (example,) = tokenize_rows([row], ByteTokenizer(), max_length=99, mask_prompt=True).examples
     first, second = "User: a\nAssistant: b", "User: c\nAssistant: d"
     byte_ids = [[3 + byte for byte in text.encode()] for text in (first, second)]
     assert example.tokens.tolist() == [1, *byte_ids[0], 2, *byte_ids[1], 2]
@@ -169,7 +157,7 @@ def test_text_has_no_prompt_to_mask(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows:2: --mask-prompt, but a text row has no prompt"):
         tokenize_rows(
             [Row({"prompt": "a", "completion": "b"}, "rows:1"), Row({"text": "c"}, "rows:2")],
-            Bytes(),
+            ByteTokenizer(),
             max_length=9,
             mask_prompt=True,
         )
@@ -186,8 +174,8 @@ def test_text_has_no_prompt_to_mask(tmp_path: Path) -> None:
 def test_windows_learn_each_token_once_in_the_context_before_it(
     texts: list[str], overlap: int
 ) -> None:
-    split = tokenize_documents(rows(*texts), Bytes(), max_length=10, overlap=overlap)
-    stream = [token for text in texts for token in [*Bytes().encode(text), 2]]
+    split = tokenize_documents(rows(*texts), ByteTokenizer(), max_length=10, overlap=overlap)
+    stream = [token for text in texts for token in [*ByteTokenizer().encode(text), 2]]
     starts = {0, *(at + 1 for at, token in enumerate(stream[:-1]) if token == 2)}
     context = max(overlap, 1)
     times = np.zeros(len(stream), dtype=int)
@@ -203,7 +191,9 @@ def test_windows_learn_each_token_once_in_the_context_before_it(
 
 
 def test_a_piece_of_a_document_does_not_end() -> None:
-    split = tokenize_documents([Row({"text": "ab"}, "x", ends=False)], Bytes(), max_length=10)
+    split = tokenize_documents(
+        [Row({"text": "ab"}, "x", ends=False)], ByteTokenizer(), max_length=10
+    )
     assert split.examples[0].tokens.tolist() == [1, 100, 101]
 
 
@@ -219,7 +209,7 @@ def test_an_overlap_fits_into_a_window(tmp_path: Path, overlap: int) -> None:
 
 def load(data: Path, tokenizer: Tokenizer | None = None, **settings: Any) -> dict[str, Split]:
     settings = {"max_length": 50, **settings}
-    return load_splits(str(data), tokenizer or Bytes(), ["train", "valid"], **settings)
+    return load_splits(str(data), tokenizer or ByteTokenizer(), ["train", "valid"], **settings)
 
 
 @pytest.fixture
@@ -321,13 +311,16 @@ def test_a_tokenizer_that_cannot_be_named_is_not_cached(tmp_path: Path, cache: P
 def test_the_fingerprint_is_of_ids_marks_and_their_division() -> None:
     def of(*texts: str, **settings: Any) -> str:
         return tokenize_rows(
-            rows(*texts), Bytes(), max_length=9, add_eos=False, **settings
+            rows(*texts), ByteTokenizer(), max_length=9, add_eos=False, **settings
         ).fingerprint
 
     assert of("ab", "c") == of("ab", "c")
     assert len({of("ab", "c"), of("c", "ab"), of("a", "bc"), of("ab"), of("abc")}) == 5
     row = [Row({"prompt": "a", "completion": "b"}, "x")]
-    masks = [tokenize_rows(row, Bytes(), max_length=9, mask_prompt=mask) for mask in (True, False)]
+    masks = [
+        tokenize_rows(row, ByteTokenizer(), max_length=9, mask_prompt=mask)
+        for mask in (True, False)
+    ]
     assert masks[0].fingerprint != masks[1].fingerprint
 
 
@@ -343,7 +336,7 @@ def test_the_shapes_may_be_mixed_and_are_told(tmp_path: Path) -> None:
     data.write_text("\n".join(json.dumps(line) for line in lines))
     write_rows(tmp_path, valid=["unused"])
     (split,) = load_splits(
-        str(tmp_path), Bytes(), ["train"], max_length=50, mask_prompt=True
+        str(tmp_path), ByteTokenizer(), ["train"], max_length=50, mask_prompt=True
     ).values()
     assert describe_split(split, 50) == (
         "3 rows, 94 tokens, 54 trained, 2 truncated to 50 tokens, 1 skipped with nothing to train "
@@ -356,7 +349,9 @@ def test_nothing_to_train_on_at_all_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "pppppppppp", "completion": "c"}\n' * 3)
     with pytest.raises(InputError, match=r"no row has anything to train on \(3 skipped"):
-        load_splits(str(path), Bytes(), ["test"], max_length=9, mask_prompt=True, valid_fraction=1)
+        load_splits(
+            str(path), ByteTokenizer(), ["test"], max_length=9, mask_prompt=True, valid_fraction=1
+        )
 
 
 def test_what_a_chat_template_refuses_is_named_by_row(

@@ -20,21 +20,8 @@ from graft.errors import InputError
 
 import pytest
 
+from support.byte_tokenizer import ByteTokenizer
 from support.paths import ROOT
-
-
-class Bytes:
-    """A tokenizer of UTF-8 bytes: 1 is BOS, 2 is EOS."""
-
-    eos_token_id = 2
-    eos_token_ids = frozenset({2})
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode()
-
 
 USER = {"role": "user", "content": "hi"}
 CHAT = {"messages": [USER, {"role": "assistant", "content": "yo"}]}
@@ -153,9 +140,9 @@ def test_a_shape_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         "hint",
     ]
     assert "'question' with 'answer', or 'text', or 'prompt' with" in (row_problem({}) or "")
-    split = tokenize_rows([Row(fields, "x:1")], Bytes(), max_length=99, mask_prompt=True)
+    split = tokenize_rows([Row(fields, "x:1")], ByteTokenizer(), max_length=99, mask_prompt=True)
     (example,) = split.examples
-    assert bytes(example.tokens[example.loss_mask][:-1].tolist()) == b"b"
+    assert example.tokens[example.loss_mask].tolist() == [3 + ord("b"), 2]
     assert describe_split(split, 99) == "1 row, 12 tokens, 2 trained: 1 question from "
 
 

@@ -7,25 +7,13 @@ from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_t
 
 import pytest
 
+from support.byte_tokenizer import ByteTokenizer
 from support.tiny import TEXTS, write_hugging_face_tokenizer, write_sentencepiece
 
 MANY = [*TEXTS, "", " ", "\n\n x", "a🙂", "🙂🙂", "e\u0301"] * 250  # more than one batch
 
 
-class Bytes:
-    """A tokenizer of UTF-8 bytes that knows no offsets."""
-
-    eos_token_id = -1
-    eos_token_ids: frozenset[int] = frozenset()
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [3 + byte for byte in text.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(token - 3 for token in ids if token > 2).decode()
-
-
-class Pairs(Bytes):
+class Pairs(ByteTokenizer):
     """Joins two bytes from the start on, so that a longer text has other tokens."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -39,7 +27,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param == "sentencepiece":
         return SentencePieceTokenizer(write_sentencepiece(folder / "tokenizer.model"))
     if request.param == "bytes":
-        return Bytes()
+        return ByteTokenizer()
     return load_tokenizer(write_hugging_face_tokenizer(folder))
 
 
@@ -113,7 +101,7 @@ def test_identity_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     other = write_sentencepiece(tmp_path / "other.model", vocab_size=390)
     names = [tokenizer_digest(SentencePieceTokenizer(path)) for path in (one, two, other)]
     assert names[0] == names[1] != names[2]
-    assert tokenizer_digest(Bytes()) is None  # type: ignore[arg-type]
+    assert tokenizer_digest(ByteTokenizer()) is None  # type: ignore[arg-type]
 
 
 def test_identity_of_hugging_face_s_covers_the_chat_template(tmp_path: Path) -> None:
