@@ -1,7 +1,6 @@
-"""From an adapter's file to what the bank holds of it: A and B for each layer, checked and padded.
+"""Reads an adapter for the bank: A and B for each layer, checked and padded.
 
-Runs beside the engine's thread: the factors stay in NumPy until the engine takes them. Knows
-nothing of batches.
+This runs on another thread than the engine's, so the factors stay in NumPy arrays.
 """
 
 import hashlib
@@ -37,17 +36,17 @@ MIXABLE_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT)
 
 @dataclass(frozen=True, eq=False)
 class BankFactors:
-    """An adapter as the bank takes it.
+    """An adapter for the bank.
 
     Attributes:
-        layers: from module path to (A, B) of a linear layer, A (input_dims, width) and B (width,
-            output_dims) with the adapter's scale in it; of an embedding to (A, B, tied), where tied
-            is 1 if the output that is tied to the embedding is adapted too, and 0 if not. The bank
-            empties it when it has taken them.
-        paths: of the layers.
+        layers: (A, B) by module path for linear layers: A (input_dims, width) and B (width,
+            output_dims), which includes the adapter's scale. For embeddings (A, B, tied), where
+            tied is 1 if the output tied to the embedding is adapted too, and 0 if not. The bank
+            clears it once it has copied the factors.
+        paths: paths of the layers.
         width: the rank that the factors are padded to, a power of two.
-        rank: the largest of its layers.
-        digest: of the content, by which equal adapters are known whatever their files are called.
+        rank: highest rank of its layers.
+        digest: hash of the content, equal for equal adapters whatever their files are called.
     """
 
     layers: dict[str, tuple[Array, ...]]
@@ -61,14 +60,14 @@ def read_factors(path: Path, model: nn.Module, modules: Mapping[str, nn.Module])
     """Read an adapter of any format for a base model.
 
     Args:
-        path: a file, a folder with one, or a Hub name.
-        model: the base, asked for its configuration only.
-        modules: the base's layers by their paths.
+        path: a file, a folder that contains one, or a Hub name.
+        model: the base model; only its configuration is used.
+        modules: the base model's layers by path.
 
     Raises:
-        AdapterNotFound: there is no such adapter.
-        AdapterDoesNotFit: its layers are not the model's, or not of kinds that can be mixed in a
-            batch; all of them named.
+        AdapterNotFound: the path does not exist.
+        AdapterDoesNotFit: its layers are not the model's, or of kinds that a batch cannot mix; all
+            of them are named.
         InputError: a file is damaged.
     """
     if is_missing(path):
@@ -83,7 +82,7 @@ def make_factors(
     *,
     name: str,
 ) -> BankFactors:
-    """The same from an adapter in memory; `name` is what errors call it.
+    """Like `read_factors`, for an adapter in memory; `name` is its name in errors.
 
     Raises:
         AdapterDoesNotFit: as for `read_factors`.
@@ -100,7 +99,7 @@ def make_factors(
         for path, layer in factors.items():
             layers[path] = _arrays(resolve_kind(modules[path], adapter.layers[path]), layer)
         problems = [
-            f"{path} holds numbers that are not finite"
+            f"{path} has values that are not finite"
             for path, arrays in layers.items()
             if not all(np.isfinite(array).all() for array in arrays)
         ]
@@ -121,26 +120,26 @@ def check_rank(factors: BankFactors, max_rank: int, *, name: str) -> None:
     """Refuse an adapter whose rank is above the limit.
 
     Raises:
-        RankTooLarge: naming both.
+        RankTooLarge: it is.
     """
     if factors.rank > max_rank:
         raise RankTooLarge(
             f"adapter {name} has rank {factors.rank} and the limit is {max_rank}; start with a "
-            "higher one, or make a smaller adapter of it with `graft merge --rank`"
+            "higher limit, or reduce the rank with `graft merge --rank`"
         )
 
 
 def width_of(rank: int) -> int:
-    """The rank that factors are padded to: the next power of two, 8 at least.
+    """The rank that factors are padded to: the next power of two, at least 8.
 
-    Adapters of one width stand in one stack, so their number bounds that of the products a layer
-    takes, and less than half of what is stored or multiplied is padding.
+    Adapters of one width share a stack, so a layer computes few products, and less than half of
+    them is padding.
     """
     return max(SMALLEST_WIDTH, 1 << (rank - 1).bit_length())
 
 
 def layer_shapes(module: nn.Module, width: int) -> tuple[tuple[int, ...], ...] | None:
-    """The shapes that a layer's arrays have in the bank; `None` if it cannot be adapted there."""
+    """The shapes of a layer's factors in the bank; `None` if the bank cannot adapt it."""
     kind = kind_of(module)
     if kind is LINEAR:
         outputs, inputs = weight_shape(module)
@@ -186,7 +185,7 @@ def _shape_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[
 
 
 def _arrays(kind: LayerKind | None, layer: Factors) -> tuple[Array, ...]:
-    """A, B with the scale in it, and for an embedding whether the tied output is adapted too."""
+    """A, B times the scale, and for an embedding whether the tied output is adapted too."""
     a, b = np.array(layer.a.astype(mx.float32)), np.array(layer.b.astype(mx.float32) * layer.scale)
     if kind in (EMBEDDING, EMBEDDING_INPUT):
         return a, b, np.array(kind is EMBEDDING, dtype=np.float32)

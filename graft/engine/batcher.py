@@ -1,8 +1,7 @@
-"""Requests that share every step of a model, each with its own adapters.
+"""Continuous batching: requests share every step of the model, each with its own adapters.
 
-Continuous batching is mlx-lm's `BatchGenerator`; here requests go in, tokens come out to their
-streams, and prompts are scored and cached. Everything runs on one thread, the engine's. Knows
-nothing of queues, names or limits.
+mlx-lm's `BatchGenerator` computes the steps. `Batcher` puts requests into it, sends their tokens to
+their streams, and scores and caches prompts. Everything runs on the engine's thread.
 """
 
 from collections import deque
@@ -24,14 +23,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-# What the logits of a part of a prompt may take while it is scored.
+# Most memory for the logits of a prompt that is scored in chunks.
 SCORED_BYTES = 1 << 26
 PREFILL_ROWS = 8
 
 
 @dataclass(eq=False)
 class _Scoring:
-    """A prompt whose tokens are scored, part by part, before its answer begins."""
+    """A prompt that is scored chunk by chunk before its answer begins."""
 
     request: Request
     cache: list[Any]
@@ -43,19 +42,19 @@ class Batcher:
     """The batch of one model.
 
     Args:
-        model: the base.
-        tokenizer: of the model.
-        bank: of its adapters.
-        max_rows: requests in a step.
-        prefill_tokens: of all prompts together that are processed between two steps.
-        prompt_cache_bytes: what the cached prompts may take.
-        on_end: told of each request that has ended, before its stream is.
+        model: the base model.
+        tokenizer: the model's tokenizer.
+        bank: the model's adapters.
+        max_rows: most requests in a step.
+        prefill_tokens: most prompt tokens processed between two steps.
+        prompt_cache_bytes: memory for cached prompts.
+        on_end: called when a request has ended, before its stream ends.
 
     Attributes:
-        prompt_cache: of the prompts that were processed.
-        steps: how many were made.
-        step_rows: rows of all steps together.
-        tokens: generated in all.
+        prompt_cache: the cached prompts.
+        steps: number of steps.
+        step_rows: total number of rows in all steps.
+        tokens: number of generated tokens.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Batcher:
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
         self._on_end = on_end
         self._rows: dict[int, Request] = {}
-        self._unread: set[int] = set()  # of these, those whose prompt is not processed yet
+        self._unread: set[int] = set()  # rows whose prompts are not processed yet
         self._scoring: deque[_Scoring] = deque()
         self.prompt_cache = PromptCache(prompt_cache_bytes)
         self.steps = self.step_rows = self.tokens = 0
@@ -86,11 +85,11 @@ class Batcher:
 
     @property
     def stream(self) -> Any:
-        """MLX's stream that the batch is computed on."""
+        """The MLX stream of the batch."""
         return self._generator.stream
 
     def add(self, request: Request) -> None:
-        """Give a request a row; what is wrong with it ends it alone."""
+        """Give a request a row; an error ends only this request."""
         request.stream.state = "running"
         try:
             self._add(request)
@@ -98,15 +97,15 @@ class Batcher:
             self._end(request, "failed", error=error)
 
     def cancel(self, request: Request) -> None:
-        """Free a request's row."""
-        self._take_out(request)
+        """Free a request's row and end its stream."""
+        self._remove(request)
         self._end(request, "cancelled")
 
     def step(self) -> None:
-        """One token for every row, and a part of the prompts that wait for their first.
+        """Generate a token for every row, and process a chunk of the new prompts.
 
         Raises:
-            Exception: the model failed; `fail` ends the requests concerned.
+            Exception: the model failed; call `fail`.
         """
         self._score_some()
         if not self._rows:
@@ -121,7 +120,7 @@ class Batcher:
                 self._receive(response)
             except Exception as error:
                 request = self._rows[response.uid]
-                self._take_out(request)
+                self._remove(request)
                 self._end(request, "failed", error=error)
         for prompt in prompts:
             if prompt.end_of_prompt and prompt.uid in self._rows:
@@ -129,7 +128,7 @@ class Batcher:
                 self._keep_prompt(prompt.uid)
 
     def fail(self, error: Exception, waiting: Sequence[Request] = ()) -> None:
-        """End all requests, those that wait for a row too, and begin anew without them."""
+        """End all requests, and those in `waiting`, with an error; the batch is empty then."""
         requests = [*self.requests(), *waiting]
         self._rows.clear()
         self._unread.clear()
@@ -140,11 +139,11 @@ class Batcher:
             self._end(request, "failed", error=error)
 
     def requests(self) -> list[Request]:
-        """Those that have a row."""
+        """The requests that have a row."""
         return [*self._rows.values(), *(scoring.request for scoring in self._scoring)]
 
     def close(self) -> None:
-        """Give up the batch, which must be empty."""
+        """Free the batch, which must be empty."""
         self._generator.close()
         self.prompt_cache.clear()
 
@@ -173,7 +172,7 @@ class Batcher:
             self._insert(request, [cache[0], *caches] if known else cache, known)
 
     def _insert(self, request: Request, cache: list[Any], known: int) -> None:
-        """Have a request generate, the first `known` tokens of whose prompt are in its cache."""
+        """Start generating; the cache has the first `known` tokens of the prompt."""
         (uid,) = self._generator.insert(
             [request.prompt[known:]],
             [request.sampling.max_tokens],
@@ -185,10 +184,10 @@ class Batcher:
         self._unread.add(uid)
 
     def _receive(self, response: Any) -> None:
-        """Hand a token on to its request, and end the request where it is the last."""
+        """Send a token to its request's stream, and end the request after its last token."""
         request = self._rows[response.uid]
         reason: FinishReason | None = response.finish_reason
-        if reason == "stop":  # at a token that ends texts, which is not told
+        if reason == "stop":  # the end token, which is not part of the answer
             text, stopped, tokens = "", False, []
         else:
             self.tokens += 1
@@ -197,8 +196,8 @@ class Batcher:
             alternatives = request.sampling.logprobs
             tokens = [self._info(response.token, response.logprobs, alternatives)]
         if reason is not None and not stopped:
-            rest, stopped = request.continuation.finish()
-            text += rest
+            held_text, stopped = request.continuation.finish()
+            text += held_text
         if stopped:
             reason = "stop"
         piece = Piece(text, tokens)
@@ -210,24 +209,24 @@ class Batcher:
     def _finish(self, response: Any, reason: FinishReason, piece: Piece) -> None:
         request = self._rows.pop(response.uid)
         caches, tokens = response.prompt_cache, response.all_tokens
-        if caches is None:  # a stop string, of which the generator knows nothing
-            found = self._generator.remove([response.uid], return_prompt_caches=True)
-            caches, tokens = found[response.uid]
+        if caches is None:  # ended by a stop string, which the generator does not know
+            removed = self._generator.remove([response.uid], return_prompt_caches=True)
+            caches, tokens = removed[response.uid]
         self.prompt_cache.keep(request.cache_key, tokens, caches[1:])
         self._end(request, "finished", finish_reason=reason, piece=piece)
 
     def _keep_prompt(self, uid: int) -> None:
-        """Cache a prompt as soon as it is processed, for others that begin alike."""
+        """Cache a prompt as soon as it is processed, for requests with the same prefix."""
         caches, tokens = self._generator.extract_cache([uid])[uid]
         self.prompt_cache.keep(self._rows[uid].cache_key, tokens, caches[1:])
 
-    def _take_out(self, request: Request) -> None:
-        uids = [uid for uid, other in self._rows.items() if other is request]
+    def _remove(self, request: Request) -> None:
+        uids = [uid for uid, row in self._rows.items() if row is request]
         if uids:
             del self._rows[uids[0]]
             self._unread.discard(uids[0])
             self._generator.remove(uids)
-        self._scoring = deque(one for one in self._scoring if one.request is not request)
+        self._scoring = deque(item for item in self._scoring if item.request is not request)
 
     def _end(
         self,
@@ -244,7 +243,7 @@ class Batcher:
         request.stream.end(state, finish_reason=finish_reason, error=error)
 
     def _score_some(self) -> None:
-        """Score the next part of one prompt; they take turns."""
+        """Score the next chunk of one prompt; prompts take turns."""
         if not self._scoring:
             return
         scoring = self._scoring.popleft()
@@ -261,7 +260,7 @@ class Batcher:
             self._end(request, "failed", error=failure)
 
     def _score(self, scoring: _Scoring) -> bool:
-        """Score some tokens of a prompt by those before them; whether all are done."""
+        """Score a chunk of a prompt; returns whether the whole prompt is scored."""
         prompt, alternatives = scoring.request.prompt, scoring.request.sampling.logprobs
         if scoring.done < len(prompt) - 1:
             end = min(scoring.done + self._scored_tokens(), len(prompt) - 1)
@@ -269,8 +268,8 @@ class Batcher:
                 logits = self._model(mx.array([prompt[scoring.done : end]]), scoring.cache)[0]
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 mx.eval(logprobs, [cache.state for cache in scoring.cache])
-            for place, row in enumerate(np.array(logprobs), scoring.done + 1):
-                scoring.infos.append(self._info(prompt[place], row, alternatives or 0))
+            for position, row in enumerate(np.array(logprobs), scoring.done + 1):
+                scoring.infos.append(self._info(prompt[position], row, alternatives or 0))
             self._vocabulary = logits.shape[-1]
             scoring.done = end
         if scoring.done < len(prompt) - 1:
@@ -281,26 +280,26 @@ class Batcher:
     _vocabulary = 0
 
     def _scored_tokens(self) -> int:
-        """How many tokens at a time, after a first few that tell the size of the vocabulary."""
+        """Tokens in a chunk: few in the first, which shows the size of the vocabulary."""
         if not self._vocabulary:
             return 16
         return max(16, min(self._prefill_tokens, SCORED_BYTES // (4 * self._vocabulary)))
 
     def _info(self, token: int, logprobs: Any = None, alternatives: int | None = None) -> TokenInfo:
-        """A token with what is told of it; `logprobs` is (vocabulary,)."""
-        own = self._token_bytes.of(token)
-        text = own.decode("utf-8", "replace")
+        """Describe a token; `logprobs` is (vocabulary,)."""
+        token_bytes = self._token_bytes.of(token)
+        text = token_bytes.decode("utf-8", "replace")
         if alternatives is None or logprobs is None:
-            return TokenInfo(token, text, own)
+            return TokenInfo(token, text, token_bytes)
         values = np.asarray(logprobs)
         top = [(n, self._token_bytes.text(n), float(values[n])) for n in _top(values, alternatives)]
-        return TokenInfo(token, text, own, float(values[token]), top)
+        return TokenInfo(token, text, token_bytes, float(values[token]), top)
 
 
 def _top(values: NDArray[np.float32], count: int) -> list[int]:
-    """The places of the largest values, largest first; equal ones in their order."""
+    """The indices of the largest values, largest first; ties by index."""
     if count == 0:
         return []
     count = min(count, len(values))
-    found = np.argpartition(-values, count - 1)[:count]
-    return sorted(map(int, found), key=lambda place: (-values[place], place))
+    largest = np.argpartition(-values, count - 1)[:count]
+    return sorted(map(int, largest), key=lambda index: (-values[index], index))

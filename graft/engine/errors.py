@@ -1,46 +1,45 @@
-"""What the engine refuses, each reason a type of its own.
+"""Errors of the engine: one type for each reason to refuse a request.
 
-All are `InputError`s, whose one line is meant for the person who asked; the types are for servers,
-which map them to status codes. Knows nothing of models or HTTP.
+All are `InputError`s, so a command prints them as one line. Servers map the types to status codes.
 """
 
 from graft.errors import InputError
 
 
 class EngineError(InputError):
-    """Something that the engine was asked for and does not do."""
+    """The engine refuses or fails a request."""
 
 
 class AdapterNotFound(EngineError):
-    """No adapter of that name is loaded, or there is none where it was to be loaded from."""
+    """No adapter of this name is loaded, or no file exists at its path."""
 
 
 class AdapterAlreadyLoaded(EngineError):
-    """An adapter of that name is loaded, and was not to be replaced."""
+    """An adapter of this name is loaded already."""
 
 
 class AdapterBusy(EngineError):
-    """Requests still run with the adapter."""
+    """Requests still use the adapter."""
 
 
 class TooManyAdapters(EngineError):
-    """As many adapters are loaded as the engine was started for."""
+    """The engine has reached its limit of adapters."""
 
 
 class RankTooLarge(EngineError):
-    """The adapter's rank is above the one that the engine was started for."""
+    """The adapter's rank is above the engine's limit."""
 
 
 class AdapterDoesNotFit(EngineError):
-    """The adapter is for another base, or for kinds of layers that cannot be mixed in a batch."""
+    """The adapter is for another base model, or for layers that a batch cannot mix."""
 
 
 class QueueFull(EngineError):
-    """As many requests wait as may wait.
+    """The queue is full.
 
     Args:
-        message: what is said.
-        retry_after_seconds: when to try again: the time in which a place is likely to come free.
+        message: the message.
+        retry_after_seconds: estimated time until the queue has room.
     """
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
@@ -49,12 +48,12 @@ class QueueFull(EngineError):
 
 
 class PromptTooLong(EngineError):
-    """The prompt has more tokens than the engine takes.
+    """The prompt is longer than the limit.
 
     Args:
-        message: what is said.
-        tokens: of the prompt.
-        limit: on the tokens of a prompt.
+        message: the message.
+        tokens: number of tokens in the prompt.
+        limit: most tokens in a prompt.
     """
 
     def __init__(self, message: str, *, tokens: int, limit: int) -> None:
@@ -64,8 +63,8 @@ class PromptTooLong(EngineError):
 
 
 class EngineClosed(EngineError):
-    """The engine takes no more requests."""
+    """The engine is closed or closing."""
 
 
 class EngineFailed(EngineError):
-    """A step of the batch failed, through no fault of the request; it may be sent again."""
+    """The engine failed, through no fault of the request, which can be sent again."""

@@ -1,8 +1,8 @@
-"""Keys and values of prompts that were processed, for requests that begin alike.
+"""Prompt cache: keys and values of processed prompts, for requests with the same prefix.
 
 They depend on the adapters as well as on the tokens, so an entry is found by the content of the
-adapters and their scales, never by a name or a path. The least recently used go first when the
-bound on memory or number is reached. Knows nothing of batches.
+adapters and their scales, never by a name or a path. When the limit on memory or entries is
+reached, the least recently used entries are deleted.
 """
 
 import copy
@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-# Shorter prompts are computed sooner than they are looked up and copied.
+# Computing shorter prompts is faster than copying them from the cache.
 FEWEST_TOKENS = 16
 MOST_ENTRIES = 256
 
@@ -30,15 +30,15 @@ class _Entry:
 
 
 class PromptCache:
-    """Prompts of a model with their keys and values; used on one thread.
+    """Cached prompts of a model; must be used on one thread.
 
     Args:
-        limit_bytes: what all entries may take together.
+        limit_bytes: most memory of all entries.
 
     Attributes:
-        hits: look-ups that found something.
-        misses: look-ups that found nothing.
-        nbytes: what the entries take.
+        hits: number of lookups that found a prefix.
+        misses: number of lookups that found none.
+        nbytes: memory of all entries.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -51,24 +51,25 @@ class PromptCache:
         return len(self._entries)
 
     def find(self, adapters: frozenset[Hashable], tokens: Sequence[int]) -> tuple[list[Any], int]:
-        """The caches of the longest beginning that is known, and how many tokens it has.
+        """Find the longest cached prefix of a prompt.
 
-        One token at least is left over, as the model needs one to go on from.
+        At least one token is left out, because the model needs one to continue from.
 
         Args:
-            adapters: identifies content and scale of each.
-            tokens: of the whole prompt.
+            adapters: the content and scale of each adapter.
+            tokens: tokens of the whole prompt.
 
         Returns:
-            Caches that the caller may change, one a layer; `[]` and 0 where there are none.
+            A copy of the caches, one for each layer, and the length of the prefix in tokens; `[]`
+            and 0 if there is none.
         """
         wanted = np.asarray(tokens[:-1], dtype=np.int64)
-        found = [
-            (_usable(entry, wanted), number)
+        lengths = [
+            (_usable_tokens(entry, wanted), number)
             for number, entry in self._entries.items()
             if entry.adapters == adapters
         ]
-        length, number = max(found, default=(0, -1))
+        length, number = max(lengths, default=(0, -1))
         if length < FEWEST_TOKENS:
             self.misses += 1
             return [], 0
@@ -84,12 +85,12 @@ class PromptCache:
     def keep(
         self, adapters: frozenset[Hashable], tokens: Sequence[int], caches: Sequence[Any]
     ) -> None:
-        """Add the caches of a prompt; those of its beginnings are given up for it.
+        """Add the caches of a prompt, which replace those of its prefixes.
 
         Args:
             adapters: as for `find`.
-            tokens: that the caches hold, all of them.
-            caches: one a layer, of one row.
+            tokens: all tokens in the caches.
+            caches: one for each layer, of one row.
         """
         if len(tokens) < FEWEST_TOKENS:
             return
@@ -117,17 +118,17 @@ class PromptCache:
             self._drop(next(iter(self._entries)))
 
     def forget(self, adapter: Hashable) -> None:
-        """Give up what was computed with an adapter, whatever its scale.
+        """Delete the entries of an adapter, whatever its scale.
 
         Args:
-            adapter: the first of the pair by which `adapters` holds it.
+            adapter: its content, the first item of its pair in `adapters`.
         """
         for number, entry in list(self._entries.items()):
-            if any(isinstance(own, tuple) and own[0] == adapter for own in entry.adapters):
+            if any(isinstance(pair, tuple) and pair[0] == adapter for pair in entry.adapters):
                 self._drop(number)
 
     def clear(self) -> None:
-        """Give up everything."""
+        """Delete all entries."""
         self._entries.clear()
         self.nbytes = 0
 
@@ -135,8 +136,8 @@ class PromptCache:
         self.nbytes -= self._entries.pop(number).nbytes
 
 
-def _usable(entry: _Entry, wanted: NDArray[np.int64]) -> int:
-    """How many tokens of a prompt an entry can serve."""
+def _usable_tokens(entry: _Entry, wanted: NDArray[np.int64]) -> int:
+    """Number of a prompt's tokens that an entry can supply."""
     common = _common(entry.tokens, wanted)
     return common if common == len(entry.tokens) or _trimmable(entry) else 0
 
@@ -146,7 +147,7 @@ def _trimmable(entry: _Entry) -> bool:
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Length of the common prefix of two sequences."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

@@ -1,6 +1,6 @@
-"""Which adapters an engine has: their names, ids and limits, and how many requests need each.
+"""The registry of loaded adapters: names, ids, limits, and the number of requests that use each.
 
-Knows nothing of threads: whoever shares it between several holds a lock.
+It is not thread-safe: callers hold a lock.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,14 +20,14 @@ class AdapterInfo:
     """A loaded adapter.
 
     Attributes:
-        id: the lowest that was free when it was loaded; a replacement keeps it.
-        name: by which requests ask for it.
-        path: where it was read from.
-        rank: the largest of its layers.
+        id: the lowest free id at the time of loading; a replacement keeps it.
+        name: the name by which requests choose it.
+        path: the path it was read from.
+        rank: highest rank of its layers.
         targets: paths of the layers that it adapts.
-        bytes: what it takes in memory.
-        digest: of its content.
-        requests: that run or wait with it.
+        bytes: memory that it takes.
+        digest: hash of its content.
+        requests: number of requests that use it, running or queued.
     """
 
     id: int
@@ -45,10 +45,10 @@ class LoadedAdapter:
     """An adapter in the bank.
 
     Attributes:
-        id: as in `AdapterInfo`; so are the others.
-        factors: by which the bank knows it.
-        requests: that need it there.
-        leaving: whether it takes no new requests.
+        id: as in `AdapterInfo`, like `name`, `path` and `bytes`.
+        factors: its factors, which identify it in the bank.
+        requests: number of requests that use it.
+        leaving: whether new requests are refused.
     """
 
     id: int
@@ -60,7 +60,7 @@ class LoadedAdapter:
     leaving: bool = False
 
     def info(self) -> AdapterInfo:
-        """What is told of it."""
+        """A description for callers."""
         return AdapterInfo(
             self.id,
             self.name,
@@ -74,10 +74,10 @@ class LoadedAdapter:
 
 
 class AdapterRegistry:
-    """The adapters of an engine by name.
+    """The adapters of an engine, by name.
 
     Args:
-        limit: how many there may be.
+        limit: most adapters at a time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -87,118 +87,120 @@ class AdapterRegistry:
         self._replaced: dict[str, LoadedAdapter] = {}
 
     def infos(self) -> list[AdapterInfo]:
-        """All adapters in the order of their ids."""
-        return sorted((one.info() for one in self._adapters.values()), key=lambda info: info.id)
+        """All adapters, ordered by id."""
+        infos = [adapter.info() for adapter in self._adapters.values()]
+        return sorted(infos, key=lambda info: info.id)
 
     def reserve(self, name: str, *, replace: bool) -> None:
-        """Keep a place for an adapter that is about to be loaded.
+        """Reserve a name for an adapter that is about to be loaded.
 
         Raises:
-            AdapterAlreadyLoaded: it is, or it is being loaded.
-            AdapterBusy: requests still run with the one that was replaced the last time.
-            TooManyAdapters: no place is left.
+            AdapterAlreadyLoaded: an adapter of this name is loaded or being loaded.
+            AdapterBusy: requests still use an adapter that was replaced before.
+            TooManyAdapters: the limit is reached.
         """
         if name in self._reserved:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is being loaded already")
         if name in self._adapters:
             if self._adapters[name].leaving:
-                raise AdapterBusy(f"adapter {name!r} is being unloaded; load it after that")
+                raise AdapterBusy(f"adapter {name!r} is being unloaded; try again later")
             if not replace:
                 raise AdapterAlreadyLoaded(
-                    f"adapter {name!r} is loaded already; ask for it to be replaced, or unload it"
+                    f"adapter {name!r} is loaded already; replace it, or unload it first"
                 )
             if self._replaced:
+                names = ", ".join(map(repr, self._replaced))
                 raise AdapterBusy(
-                    f"requests still run with what {', '.join(map(repr, self._replaced))} was "
-                    f"before it was replaced; replace {name!r} when they have ended"
+                    f"requests still use the replaced version of {names}; "
+                    f"replace {name!r} when they have ended"
                 )
         elif len(self._adapters.keys() | self._reserved) >= self._limit:
             raise TooManyAdapters(
-                f"{self._limit} adapters are loaded, and no more may be; unload one of "
-                f"{self._names()}, or start with a higher limit"
+                f"{self._limit} adapters are loaded, the limit; unload one of {self._names()}, "
+                "or start with a higher limit"
             )
         self._reserved.add(name)
 
     def unreserve(self, name: str) -> None:
-        """Give the place up that `reserve` kept."""
+        """Release a name that `reserve` took."""
         self._reserved.discard(name)
 
     def register(
         self, name: str, path: str, factors: BankFactors, nbytes: int
     ) -> tuple[AdapterInfo, LoadedAdapter | None]:
-        """Let requests find an adapter that is in the bank now.
+        """Register an adapter that is in the bank, so that requests can use it.
 
         Returns:
-            What is told of it, and the one that it replaced, if nothing needs that any more.
+            Its description, and the adapter that it replaced, if no request uses that one.
         """
-        before = self._adapters.get(name)
-        used = {one.id for one in self._adapters.values()}
-        lowest = next(number for number in range(len(used) + 1) if number not in used)
-        new = LoadedAdapter(before.id if before else lowest, name, path, factors, nbytes)
-        self._adapters[name] = new
-        if before is not None and before.requests:
-            before.leaving = True
-            self._replaced[name] = before
-            return new.info(), None
-        return new.info(), before
+        replaced = self._adapters.get(name)
+        used_ids = {adapter.id for adapter in self._adapters.values()}
+        lowest = next(number for number in range(len(used_ids) + 1) if number not in used_ids)
+        adapter = LoadedAdapter(replaced.id if replaced else lowest, name, path, factors, nbytes)
+        self._adapters[name] = adapter
+        if replaced is not None and replaced.requests:
+            replaced.leaving = True
+            self._replaced[name] = replaced
+            return adapter.info(), None
+        return adapter.info(), replaced
 
     def take(self, adapters: Mapping[str, float]) -> list[tuple[LoadedAdapter, float]]:
-        """The adapters of a request, which need not be unloaded until it gives them back.
+        """Take the adapters of a request, which stay loaded until `give_back`.
 
-        Those of scale 0 must be there too, and are left out.
+        Adapters of scale 0 must be loaded too, but are left out.
 
         Raises:
-            AdapterNotFound: naming all that are not there.
+            AdapterNotFound: adapters are not loaded; all of them are named.
         """
         missing = [n for n in adapters if n not in self._adapters or self._adapters[n].leaving]
         if missing:
             raise AdapterNotFound(
-                f"there is no adapter {', '.join(map(repr, missing))}; there are {self._names()}"
+                f"there is no adapter {', '.join(map(repr, missing))}; loaded: {self._names()}"
             )
         taken = [(self._adapters[name], float(scale)) for name, scale in adapters.items() if scale]
-        for one, _ in taken:
-            one.requests += 1
+        for adapter, _ in taken:
+            adapter.requests += 1
         return taken
 
     def give_back(self, adapters: Iterable[LoadedAdapter]) -> list[LoadedAdapter]:
-        """End a request's use; returns the replaced ones that nothing needs any more."""
-        unneeded = []
-        for one in adapters:
-            one.requests -= 1
-            if not one.requests and self._replaced.get(one.name) is one:
-                del self._replaced[one.name]
-                unneeded.append(one)
-        return unneeded
+        """Release a request's adapters; returns replaced ones that no request uses any more."""
+        unused = []
+        for adapter in adapters:
+            adapter.requests -= 1
+            if not adapter.requests and self._replaced.get(adapter.name) is adapter:
+                del self._replaced[adapter.name]
+                unused.append(adapter)
+        return unused
 
     def find(self, name: str) -> LoadedAdapter:
-        """The adapter of that name.
+        """The adapter of a name.
 
         Raises:
-            AdapterNotFound: there is none.
+            AdapterNotFound: it is not loaded.
         """
         if name not in self._adapters:
-            raise AdapterNotFound(f"there is no adapter {name!r}; there are {self._names()}")
+            raise AdapterNotFound(f"there is no adapter {name!r}; loaded: {self._names()}")
         return self._adapters[name]
 
     def leave(self, name: str) -> LoadedAdapter:
-        """Keep new requests from an adapter that is to be unloaded.
+        """Refuse new requests for an adapter that is about to be unloaded.
 
         Raises:
-            AdapterNotFound: there is none of that name.
+            AdapterNotFound: it is not loaded.
             AdapterBusy: it is being replaced or unloaded already.
         """
         adapter = self.find(name)
         if adapter.leaving or name in self._reserved:
-            doing = "unloaded" if adapter.leaving else "replaced"
-            raise AdapterBusy(f"adapter {name!r} is being {doing} already")
+            change = "unloaded" if adapter.leaving else "replaced"
+            raise AdapterBusy(f"adapter {name!r} is being {change} already")
         adapter.leaving = True
         return adapter
 
     def check_idle(self, adapter: LoadedAdapter) -> None:
-        """Refuse to unload what is in use.
+        """Refuse to unload an adapter in use.
 
         Raises:
-            AdapterBusy: telling by how many requests.
+            AdapterBusy: requests use it.
         """
         if adapter.requests:
             raise AdapterBusy(
@@ -207,9 +209,9 @@ class AdapterRegistry:
             )
 
     def remove(self, adapter: LoadedAdapter) -> None:
-        """Forget an adapter."""
+        """Remove an adapter from the registry."""
         if self._adapters.get(adapter.name) is adapter:
             del self._adapters[adapter.name]
 
     def _names(self) -> str:
-        return ", ".join(map(repr, self._adapters)) or "none loaded"
+        return ", ".join(map(repr, self._adapters)) or "none"

@@ -1,17 +1,14 @@
-"""A request to the engine: what was asked for, checked, and how far its answer is.
-
-Knows nothing of threads or batches.
-"""
+"""A request to the engine: its checked settings, and the state of its answer."""
 
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from graft.engine.adapter_bank import ScaledAdapters
 from graft.engine.sampling import make_sampler
-from graft.engine.streams import Continuation, Stream, TokenInfo
+from graft.engine.streams import Continuation, Stream
 from graft.errors import InputError
 
 import mlx.core as mx
@@ -21,17 +18,17 @@ MOST_ALTERNATIVES = 100
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and what is told of them.
+    """How tokens are chosen, and what is reported about them.
 
     Attributes:
-        max_tokens: how many to generate at most; 0 only reads the prompt.
-        temperature: divides the log-probabilities; 0 takes the likeliest token.
-        top_p: draw from the fewest of the likeliest tokens with this probability together.
-        seed: of the draws; `None` draws one. A seed gives the same answer whatever else is in the
-            batch.
-        stop: strings to end before.
-        logprobs: how many alternatives to tell at each token; `None` tells no log-probabilities.
-        echo: whether to tell the prompt's tokens with their log-probabilities too.
+        max_tokens: most tokens to generate; 0 only processes the prompt.
+        temperature: divides the log-probabilities; 0 takes the most likely token.
+        top_p: sample from the smallest set of most likely tokens with this total probability.
+        seed: seed of sampling; `None` chooses one. A seed gives the same answer whatever else is in
+            the batch.
+        stop: strings before which the answer ends.
+        logprobs: number of alternatives for each token; `None` for no log-probabilities.
+        echo: whether to report the prompt's tokens and their log-probabilities.
     """
 
     max_tokens: int = 256
@@ -43,10 +40,10 @@ class Sampling:
     echo: bool = False
 
     def check(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse invalid values.
 
         Raises:
-            InputError: naming all of them.
+            InputError: values are invalid; all of them are named.
         """
         problems = [
             f"{name} {value!r} must be {allowed}"
@@ -74,23 +71,23 @@ class Sampling:
             raise InputError("; ".join(problems))
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
-        """What draws each token; the same function for all requests at temperature 0."""
+        """The sampler of the tokens; the same function for all requests at temperature 0."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return make_sampler(self.temperature, seed=seed, top_p=self.top_p)
 
 
 @dataclass(eq=False)
 class Request:
-    """One request on its way.
+    """A request that is queued or running.
 
     Attributes:
-        stream: where its answer goes.
-        prompt: token ids.
-        adapters: with what multiplies their own scales; those of scale 0 are left out.
-        names: of the adapters, for counting.
+        stream: receives the answer.
+        prompt: token ids of the prompt.
+        adapters: adapters with factors on their scales; those of factor 0 are left out.
+        names: names of the adapters, for statistics.
         sampling: how tokens are chosen.
-        continuation: from tokens to text.
-        tokens: generated so far.
+        continuation: turns tokens into text.
+        generated: number of tokens generated so far.
         started: when it got its row, in seconds of `time.perf_counter`.
     """
 
@@ -100,21 +97,20 @@ class Request:
     names: tuple[str, ...]
     sampling: Sampling
     continuation: Continuation
-    prompt_infos: list[TokenInfo] = field(default_factory=list)
     generated: int = 0
     started: float = 0.0
 
     @property
     def cache_key(self) -> frozenset[tuple[str, float]]:
-        """The content of its adapters and their scales."""
+        """The content and scale of each adapter."""
         return frozenset((adapter.digest, scale) for adapter, scale in self.adapters)
 
 
 def check_scales(adapters: Mapping[str, float]) -> None:
-    """Refuse scales that are no finite numbers.
+    """Refuse scales that are not finite numbers.
 
     Raises:
-        InputError: naming all of them.
+        InputError: scales are invalid; all of them are named.
     """
     bad = [
         f"{name}={scale!r}"
@@ -126,10 +122,10 @@ def check_scales(adapters: Mapping[str, float]) -> None:
 
 
 def check_ids(prompt: Sequence[Any], vocabulary: int | None) -> list[int]:
-    """A prompt of token ids.
+    """Check a prompt of token ids.
 
     Raises:
-        InputError: some are no ids of the vocabulary; the first few of them are named.
+        InputError: some are not ids of the vocabulary; the first five are named.
     """
     bad = [
         token
@@ -138,8 +134,8 @@ def check_ids(prompt: Sequence[Any], vocabulary: int | None) -> list[int]:
     ]
     if bad:
         below = "" if vocabulary is None else f" below {vocabulary}"
-        some = ", ".join(map(repr, bad[:5]))
-        raise InputError(f"the prompt holds what is no token id{below}: {some}")
+        first = ", ".join(map(repr, bad[:5]))
+        raise InputError(f"the prompt has values that are not token ids{below}: {first}")
     return list(prompt)
 
 

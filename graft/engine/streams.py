@@ -1,8 +1,7 @@
-"""What a request gives, piece by piece, and how it ends.
+"""Streams: the answer to a request, piece by piece.
 
-A `Stream` is written by the engine's thread and read from any other. `Continuation` turns tokens
-into text: it holds back characters that are not complete and what may become a stop string. Knows
-nothing of models or batches.
+The engine's thread writes a `Stream`, and any other thread reads it. `Continuation` turns tokens
+into text: it holds back incomplete characters and what may become a stop string.
 """
 
 import contextlib
@@ -23,12 +22,12 @@ class TokenInfo:
     """One token.
 
     Attributes:
-        id: in the vocabulary.
-        text: of the token alone; U+FFFD for bytes that are no whole character.
-        bytes: of the token alone.
-        logprob: natural logarithm of its probability at temperature 1; `None` where not asked for,
-            and for the first token of a prompt, which nothing precedes.
-        top: the likeliest tokens at its place, as (id, text, log-probability), likeliest first.
+        id: index in the vocabulary.
+        text: text of the token alone, with U+FFFD for bytes that are not a whole character.
+        bytes: bytes of the token alone.
+        logprob: natural logarithm of its probability at temperature 1; `None` if not requested, and
+            for the first token of a prompt.
+        top: most likely tokens at its position, as (id, text, log-probability), most likely first.
     """
 
     id: int
@@ -40,11 +39,11 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step added to an answer.
+    """What a step adds to an answer.
 
     Attributes:
-        text: may be empty, while part of a character or of a stop string is held back.
-        tokens: that were generated; text may come with a later token than its own, or with none.
+        text: new text; empty while part of a character or of a stop string is held back.
+        tokens: new tokens; a token's text may come with a later token, or with none.
     """
 
     text: str
@@ -56,12 +55,12 @@ class Completion:
     """A whole answer.
 
     Attributes:
-        text: without the stop string or the token that ended it.
-        tokens: that were generated, the ending one not among them.
-        finish_reason: "stop" after a stop string or an ending token, "length" at the limit.
-        prompt_tokens: how many the prompt has.
-        cached_tokens: how many of those were taken from the prompt cache.
-        prompt: the prompt's tokens, where the request asked for `echo`.
+        text: text without the stop string that ended it.
+        tokens: generated tokens without the end token.
+        finish_reason: "stop" after a stop string or an end token, "length" at the limit.
+        prompt_tokens: number of tokens in the prompt.
+        cached_tokens: number of them found in the prompt cache.
+        prompt: the prompt's tokens, if `echo` was requested.
     """
 
     text: str
@@ -73,18 +72,18 @@ class Completion:
 
 
 class Stream:
-    """The answer to one request as it comes; iterating gives its pieces.
+    """The answer to a request while it is generated; iterating yields its pieces.
 
     Args:
-        request_id: by which logs know it.
-        prompt_tokens: how many the prompt has.
-        on_cancel: told that nobody waits for the rest.
+        request_id: id of the request in logs.
+        prompt_tokens: number of tokens in the prompt.
+        on_cancel: called by `cancel`.
 
     Attributes:
         state: "queued", "running", and at the end "finished", "cancelled" or "failed".
-        finish_reason: of a finished one, "stop" or "length".
-        cached_tokens: of the prompt, taken from the prompt cache.
-        prompt: the prompt's tokens, there before the first piece where `echo` was asked for.
+        finish_reason: "stop" or "length" once finished.
+        cached_tokens: number of prompt tokens found in the prompt cache.
+        prompt: the prompt's tokens, complete before the first piece, if `echo` was requested.
     """
 
     def __init__(
@@ -104,18 +103,18 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether no more pieces will come; some may still be waiting to be taken."""
+        """Whether no more pieces will come; some may still be unread."""
         return self.state in ("finished", "cancelled", "failed")
 
     def get(self, timeout: float | None = None) -> Piece | None:
         """The next piece, or `None` at the end.
 
         Args:
-            timeout: seconds to wait; `None` waits as long as it takes, 0 not at all.
+            timeout: seconds to wait; `None` waits without limit, 0 not at all.
 
         Raises:
             TimeoutError: no piece came in time.
-            Exception: what the request failed of.
+            Exception: the request failed.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._pieces or self.ended, timeout):
@@ -131,15 +130,15 @@ class Stream:
             yield piece
 
     def cancel(self) -> None:
-        """Want no more: the row is freed within a step. Without effect on what has ended."""
+        """Cancel the request, which frees its row within a step; no effect once it has ended."""
         if not self.ended:
             self._on_cancel()
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called whenever `get` will not block: after a piece, and at the end.
+        """Call `callback` whenever `get` will not block: after each piece, and at the end.
 
-        It is called from the engine's thread, so it must return at once; and once now, if there is
-        something already.
+        It is called on the engine's thread, so it must return quickly; and once right away, if
+        there is a piece or the end already.
         """
         with self._changed:
             self._callbacks.append(callback)
@@ -148,10 +147,10 @@ class Stream:
             _call(callback)
 
     def result(self) -> Completion:
-        """Wait for the end; the whole answer, where no piece was taken before.
+        """Wait for the end; returns all pieces that were not read before, as one answer.
 
         Raises:
-            Exception: what the request failed of.
+            Exception: the request failed.
         """
         pieces = list(self)
         return Completion(
@@ -164,10 +163,10 @@ class Stream:
         )
 
     def put(self, piece: Piece) -> None:
-        """Hand on a piece; for the engine."""
+        """Add a piece; for the engine."""
         with self._changed:
             self._pieces.append(piece)
-        self._tell()
+        self._notify()
 
     def end(
         self,
@@ -182,9 +181,9 @@ class Stream:
                 return
             self.finish_reason, self._error = finish_reason, error
             self.state = state
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
             callbacks = list(self._callbacks)
@@ -193,20 +192,20 @@ class Stream:
 
 
 def _call(callback: Callable[[], None]) -> None:
-    """Call a subscriber; what goes wrong with one must not harm the other requests."""
+    """Call a subscriber, whose errors must not affect other requests."""
     with contextlib.suppress(Exception):
         callback()
 
 
 class StopStrings:
-    """Finds the first of several strings in text that comes in pieces.
+    """Finds the first of several stop strings in text that comes in pieces.
 
-    What may be the beginning of one is held back, so nothing of a stop string is ever given out.
-    Where several end in the same piece the one that ends first counts, so that the result does not
-    depend on how the text is cut.
+    Text that may be the start of a stop string is held back, so no part of one is ever returned. If
+    several end in the same piece, the one that ends first counts, so that the result does not
+    depend on how the text is divided.
 
     Args:
-        strings: to stop at; empty ones are none.
+        strings: the stop strings; empty ones are ignored.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -214,11 +213,11 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop string followed it."""
+        """Returns the text that is certain now, and whether a stop string follows it."""
         held = self._held + text
-        found = [(held.find(s) + len(s), -len(s)) for s in self._strings if s in held]
-        if found:
-            end, length = min(found)
+        ends = [(held.find(s) + len(s), -len(s)) for s in self._strings if s in held]
+        if ends:
+            end, length = min(ends)
             self._held = ""
             return held[: end + length], True
         kept = max((_overlap(held, string) for string in self._strings), default=0)
@@ -226,13 +225,13 @@ class StopStrings:
         return held[: len(held) - kept], False
 
     def finish(self) -> str:
-        """What was held back and became no stop string."""
+        """Returns the text that was held back."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, string: str) -> int:
-    """How many characters at the end of `text` begin `string`, all of it excepted."""
+    """Length of the longest end of `text` that starts `string` and is not all of it."""
     longest = min(len(text), len(string) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
 
@@ -241,9 +240,9 @@ class Continuation:
     """The text of an answer, token by token.
 
     Args:
-        tokenizer: of the model.
-        prompt: ids that come before.
-        stop: strings to end at.
+        tokenizer: the model's tokenizer.
+        prompt: token ids of the prompt.
+        stop: stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -251,10 +250,10 @@ class Continuation:
         self._stop = StopStrings(stop)
 
     def add(self, token: int) -> tuple[str, bool]:
-        """The text that `token` made certain, and whether a stop string ends the answer here."""
+        """Returns the text that is certain after `token`, and whether a stop string ends it."""
         return self._stop.add(self._decoder.add(token))
 
     def finish(self) -> tuple[str, bool]:
-        """What was held back, and whether there was a stop string in it."""
+        """Returns the text that was held back, and whether a stop string ends it."""
         text, stopped = self._stop.add(self._decoder.finish())
         return (text, True) if stopped else (text + self._stop.finish(), False)

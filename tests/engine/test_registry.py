@@ -70,7 +70,7 @@ def test_a_name_is_loaded_once_unless_it_is_to_be_replaced() -> None:
 def test_all_missing_names_are_told_and_nothing_is_taken() -> None:
     registry = AdapterRegistry(2)
     load(registry, "a")
-    with pytest.raises(AdapterNotFound, match="no adapter 'x', 'y'; there are 'a'"):
+    with pytest.raises(AdapterNotFound, match="no adapter 'x', 'y'; loaded: 'a'"):
         registry.take({"x": 1.0, "a": 1.0, "y": 0.0})
     assert registry.infos()[0].requests == 0
 
@@ -104,7 +104,7 @@ def test_what_was_replaced_goes_with_its_last_request() -> None:
     load(registry, "a")
     first, second = ([one for one, _ in registry.take({"a": 1.0})] for _ in range(2))
     assert load(registry, "a", replace=True)[1] is None
-    with pytest.raises(AdapterBusy, match="requests still run with what 'a' was"):
+    with pytest.raises(AdapterBusy, match="requests still use the replaced version of 'a'"):
         registry.reserve("a", replace=True)
     new = [one for one, _ in registry.take({"a": 1.0})]
     assert new[0] is not first[0]
@@ -115,5 +115,5 @@ def test_what_was_replaced_goes_with_its_last_request() -> None:
 
 
 def test_an_unknown_name_is_not_found() -> None:
-    with pytest.raises(AdapterNotFound, match="no adapter 'a'; there are none loaded"):
+    with pytest.raises(AdapterNotFound, match="no adapter 'a'; loaded: none"):
         AdapterRegistry(1).find("a")

@@ -40,7 +40,7 @@ def test_a_scale_is_a_finite_number(scale: Any) -> None:
 def test_ids_are_of_the_vocabulary() -> None:
     assert check_ids((1, 2, 511), 512) == [1, 2, 511]
     assert check_ids([10**6], None) == [10**6]
-    with pytest.raises(InputError, match=r"no token id below 512: -1, 512, 1\.5, True, 'x'"):
+    with pytest.raises(InputError, match=r"not token ids below 512: -1, 512, 1\.5, True, 'x'"):
         check_ids([-1, 512, 1.5, True, "x", 3, None], 512)
 
 
