@@ -15,7 +15,7 @@ from graft.models import LoRALayer, dense_weight
 import mlx.core as mx
 import mlx.nn as nn
 
-Factors = tuple[mx.array, mx.array]
+FactorPair = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)

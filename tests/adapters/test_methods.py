@@ -1,4 +1,4 @@
-"""What each variant promises beyond the common ones, which stand in test_layers."""
+"""What each method promises beyond what all methods promise, which test_adapted_layer has."""
 
 from collections.abc import Iterator
 from dataclasses import replace

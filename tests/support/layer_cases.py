@@ -1,4 +1,4 @@
-"""Layers of every kind under every method, for test_layers and test_kinds."""
+"""Layers of every kind under every method, for test_adapted_layer and test_layer_kinds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

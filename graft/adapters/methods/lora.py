@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from graft.adapters.adapted_layer import AdaptedLayer, Factors, MethodFormula, whole_weight
+from graft.adapters.adapted_layer import AdaptedLayer, FactorPair, MethodFormula, whole_weight
 from graft.adapters.methods import LOW_RANK_KINDS, Method, register_method
 from graft.models import dense_layer, fused, is_quantized
 from graft.runtime.cpu import lora_linear_type
@@ -98,7 +98,7 @@ LOW_RANK_FORMULA = MethodFormula(
 )
 
 
-def started_formula(start: Callable[[mx.array, int, float], Factors]) -> MethodFormula:
+def started_formula(start: Callable[[mx.array, int, float], FactorPair]) -> MethodFormula:
     """LoRA that starts from a decomposition of the weight and keeps the initial A and B.
 
     Args:

@@ -1,13 +1,13 @@
 """OLoRA: LoRA that starts from a QR decomposition of the weight."""
 
-from graft.adapters.adapted_layer import Factors
+from graft.adapters.adapted_layer import FactorPair
 from graft.adapters.methods import SINGLE_MATRIX_KINDS, Method, register_method
 from graft.adapters.methods.lora import started_formula
 
 import mlx.core as mx
 
 
-def olora_start(weight: mx.array, rank: int, scale: float) -> Factors:
+def olora_start(weight: mx.array, rank: int, scale: float) -> FactorPair:
     """The first directions of the QR decomposition of the transpose, Q R: A = R^T, B = Q^T.
 
     Args:

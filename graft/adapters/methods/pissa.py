@@ -1,6 +1,6 @@
 """PiSSA: LoRA that starts from the principal components of the weight."""
 
-from graft.adapters.adapted_layer import Factors
+from graft.adapters.adapted_layer import FactorPair
 from graft.adapters.methods import SINGLE_MATRIX_KINDS, Method, register_method
 from graft.adapters.methods.lora import started_formula
 from graft.adapters.svd import truncated_svd
@@ -8,7 +8,7 @@ from graft.adapters.svd import truncated_svd
 import mlx.core as mx
 
 
-def pissa_start(weight: mx.array, rank: int, scale: float) -> Factors:
+def pissa_start(weight: mx.array, rank: int, scale: float) -> FactorPair:
     """The principal part of a matrix, divided evenly: A = U sqrt(S / scale), B = sqrt(S / scale) V.
 
     Args:

@@ -3,7 +3,7 @@
 import functools
 import math
 
-from graft.adapters.adapted_layer import AdaptedLayer, Factors, MethodFormula
+from graft.adapters.adapted_layer import AdaptedLayer, FactorPair, MethodFormula
 from graft.adapters.methods import SINGLE_MATRIX_KINDS, Method, register_method
 from graft.adapters.methods.lora import tied_update
 
@@ -43,7 +43,7 @@ def _parameters(layer: AdaptedLayer, key: mx.array | None) -> dict[str, mx.array
     }
 
 
-def _factors(layer: AdaptedLayer) -> Factors:
+def _factors(layer: AdaptedLayer) -> FactorPair:
     return layer._projection_a * layer.lambda_d, layer._projection_b * layer.lambda_b
 
 
