@@ -288,7 +288,7 @@ def write_text(name: str, text: str) -> Callable[[Path], None]:
         (cut("model.safetensors"), "model.safetensors is truncated"),
         (write_text("model.safetensors", "junk"), "model.safetensors is truncated"),
         (edit_json("config.json", model_type="nosuch"), "unknown architecture 'nosuch'"),
-        (edit_json("config.json", model_file="mine.py"), "asks to run mine.py: refused"),
+        (edit_json("config.json", model_file="mine.py"), "needs mine.py to be run"),
         (
             write_text(
                 "model.safetensors.index.json", '{"weight_map": {"x": "model-2.safetensors"}}'
@@ -345,7 +345,7 @@ def test_all_missing_left_over_and_misshapen_tensors_are_named(
     for problem in (
         "model.norm.weight is missing",
         "model.layers.1.mlp.up_proj.weight is missing",
-        "model.extra.weight is not of this architecture",
+        "model.extra.weight is not part of this architecture",
         "lm_head.weight has shape (511, 128), not (512, 128)",
     ):
         assert problem in error

@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from graft.console import one_line
 from graft.errors import InputError, RunError
 
-# As huggingface_hub's validate_repo_id has it, which takes a while to import. Graft asks for an
+# The rule of huggingface_hub's validate_repo_id, which takes a while to import. Graft requires an
 # owner, so that the name of a local folder is never looked up on the Hub.
 _REPO_NAME = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 
@@ -18,60 +19,59 @@ def is_repo_name(name: str) -> bool:
 
 
 def fetch_from_hub(name: str, patterns: Sequence[str]) -> Path:
-    """Download what is new of a repository, or take it from the local cache.
+    """Download files of a repository, or take them from the local cache.
 
     Args:
         name: the repository, as owner/name.
-        patterns: globs of the files that are wanted.
+        patterns: globs of the files to download.
 
     Returns:
         The folder with the files.
 
     Raises:
-        InputError: `name` is no repository's name, or the Hub does not give it.
+        InputError: there is no such repository, or it cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # Its client raises a dozen unrelated types for what can go wrong.
-        reason = " ".join(str(error).split())
+    except Exception as error:  # the client raises a dozen unrelated types
         raise InputError(
-            f"{name} is no folder here, and the Hub does not give it: {reason}"
+            f"there is no local folder {name}, and it cannot be fetched from the Hub: "
+            f"{one_line(error)}"
         ) from error
 
 
 def check_repository(name: str) -> None:
-    """Refuse a name for an upload early, before any work.
+    """Check the name of a repository to upload to, before any work.
 
     Raises:
         InputError: the Hub does not accept the name.
     """
     if not is_repo_name(name):
-        raise InputError(f"--upload-repo {name}: give owner/name")
+        raise InputError(f"--upload-repo {name}: the Hub takes names of the form owner/name")
 
 
 def upload_folder(folder: Path, name: str) -> str:
-    """Put all files of a folder into a repository, which is made if there is none.
+    """Upload all files of a folder to a repository, which is created if it does not exist.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        RunError: the Hub does not take it; the folder stays as it is.
+        RunError: the upload failed.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)
-        done = api.upload_folder(
+        commit = api.upload_folder(
             folder_path=folder, repo_id=name, commit_message="Upload with Graft"
         )
     except Exception as error:  # as above
-        reason = " ".join(str(error).split())
         raise RunError(
-            f"{folder} is written, but the Hub does not take it as {name}: {reason}; "
-            "`hf auth login` tells it who you are"
+            f"{folder} is written, but uploading it to the Hub as {name} failed: "
+            f"{one_line(error)}; log in with `hf auth login` if you have not"
         ) from error
-    return str(done.commit_url)
+    return str(commit.commit_url)

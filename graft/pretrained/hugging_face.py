@@ -49,24 +49,26 @@ def read_hugging_face_config(folder: Path) -> dict[str, Any]:
     """
     config = with_rope_settings(read_json(folder / "config.json"))
     if "model_file" in config:
-        raise InputError(f"{folder}/config.json asks to run {config['model_file']}: refused")
+        raise InputError(
+            f"{folder}/config.json needs {config['model_file']} to be run, which Graft does not do"
+        )
     return config
 
 
 def with_rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Repeat the `rope_parameters` of transformers 5 under the names of transformers 4.
+    """Copy the `rope_parameters` of transformers 5 to the names of transformers 4.
 
-    Most of mlx-lm's classes read those alone, and without them silently take their own default.
+    Most architectures of mlx-lm read only the old names, and use their default if they are missing.
 
     Returns:
-        The configuration with `rope_theta`, `rope_scaling` and the like; what it has already wins.
+        The configuration with `rope_theta`, `rope_scaling` and so on, unless it has them already.
     """
     if isinstance(nested := config.get("text_config"), dict):
         config = config | {"text_config": with_rope_settings(nested)}
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return config
-    # Where layers of two kinds alternate, each kind has settings of its own.
+    # If layers of two kinds alternate, each kind has its settings.
     full, sliding = (parameters.get(f"{kind}_attention") for kind in ("full", "sliding"))
     full = full if isinstance(full, dict) else parameters
     sliding = sliding if isinstance(sliding, dict) else {}

@@ -39,10 +39,10 @@ class BaseFiles:
 
 @contextmanager
 def open_base(folder: Path, scratch: Path) -> Iterator[BaseFiles]:
-    """Find the tensors of a model folder without reading them.
+    """Open a model folder without reading its tensors.
 
     Args:
-        folder: of any layout that Graft loads.
+        folder: of any layout that Graft reads.
         scratch: a folder for a copy of the tensors, which some architectures need.
 
     Raises:

@@ -1,7 +1,6 @@
-"""From a model folder or a Hub name to a model, its tokenizer and its configuration.
+"""Loads a model with its tokenizer, from a folder or from the Hub.
 
-Knows the layouts that `convert.py` writes (npz, safetensors), Hugging Face folders and Meta
-folders. Architectures come from mlx-lm. Knows nothing of adapters.
+The architectures come from mlx-lm.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from graft.pretrained.folder import find_folder, read_folder
 from graft.pretrained.foreign_quantization import is_foreign, load_foreign
 from graft.pretrained.mlx_names import parameters_of, sanitized
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
-from graft.runtime import cpu as backend
+from graft.runtime import cpu
 from graft.storage.json_file import read_json
 from graft.storage.lazy_tensors import check_fit
 
@@ -31,7 +30,7 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
         The model in evaluation mode, its tokenizer and its configuration.
 
     Raises:
-        InputError: nothing is there, or it cannot be read.
+        InputError: there is no such model, or it cannot be read.
     """
     folder = find_folder(name)
     model, config = read_model(folder)
@@ -39,13 +38,13 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
 
 
 def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the architecture that a folder's configuration names and fill in its weights.
+    """Build the architecture of a model folder and load its weights, in evaluation mode.
 
     Raises:
-        InputError: an unknown architecture, unreadable files, or tensors that are missing, left
-            over or of another shape; all of them named.
+        InputError: an unknown architecture, unreadable files, or tensors that are missing, unknown
+            or of another shape; all of them are named.
     """
-    backend.check_compiler()
+    cpu.check_compiler()
     config, weights = read_folder(folder)
     config = _with_end_tokens(config, folder)
     if is_foreign(config):
@@ -59,25 +58,24 @@ def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     model.load_weights(list(weights.items()))
     try:
         return _made_ready(model), config
-    except RuntimeError as error:  # out of memory, say
+    except RuntimeError as error:  # for example out of memory
         raise InputError(f"cannot load the weights in {folder}: {first_line(error)}") from error
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash by which to know a model again: names, shapes, types and some values of its arrays."""
+    """A hash that identifies a model: names, shapes, types and some values of its arrays."""
     digest = hashlib.sha256()
     for name, array in sorted(parameters_of(model).items()):
-        some = array.reshape(-1)[:256].astype(mx.float32).tolist()
-        digest.update(repr((name, array.shape, str(array.dtype), some)).encode())
+        values = array.reshape(-1)[:256].astype(mx.float32).tolist()
+        digest.update(repr((name, array.shape, str(array.dtype), values)).encode())
     return digest.hexdigest()
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """The architecture of mlx-lm that `config` describes, with random weights.
+    """The architecture of mlx-lm that a configuration describes, with random weights.
 
     Raises:
-        InputError: mlx-lm has no such architecture, or the configuration lacks something that it
-            needs.
+        InputError: mlx-lm has no such architecture, or the configuration is incomplete or invalid.
     """
     from mlx_lm.utils import _get_classes
 
@@ -86,7 +84,7 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     try:
         model_class, args_class = _get_classes(config)
     except (ValueError, AttributeError, TypeError) as error:
-        # No such module, one that is no architecture, or a name that is no text.
+        # No such module, a module without an architecture, or a name that is not text.
         raise InputError(
             f"unknown architecture {config['model_type']!r}: mlx-lm has none"
         ) from error
@@ -108,20 +106,27 @@ def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _made_ready(model: nn.Module) -> nn.Module:
-    backend.suit_backend(model)
+    cpu.suit_backend(model)
     model.eval()
     mx.eval(model.parameters())
     return model
 
 
 def quantize_as_saved(model: nn.Module, quantization: Any, weights: dict[str, mx.array]) -> None:
-    """Quantize what the file holds quantized: as told by path, else as the tensors' shapes show."""
+    """Quantize the layers that a checkpoint has quantized, before its weights are loaded.
+
+    Each has the settings that `quantization` lists for its path, or else those that the shapes of
+    its tensors show.
+
+    Raises:
+        InputError: the settings are incomplete or impossible.
+    """
     from mlx_lm.utils import infer_quant_config
 
-    def setting(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def settings_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in quantization:
-            told: bool | dict[str, Any] = quantization[path]
-            return told
+            listed: bool | dict[str, Any] = quantization[path]
+            return listed
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
             return False
         inferred: dict[str, Any] = infer_quant_config(path, module, weights)
@@ -133,7 +138,7 @@ def quantize_as_saved(model: nn.Module, quantization: Any, weights: dict[str, mx
             group_size=quantization["group_size"],
             bits=quantization["bits"],
             mode=quantization.get("mode", "affine"),
-            class_predicate=setting,
+            class_predicate=settings_of,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"config.json: bad quantization {quantization!r}: {error}") from error

@@ -1,7 +1,7 @@
-"""Meta's PyTorch layout: its names, tensor-parallel shards and params.json, as mlx-lm wants them.
+"""Meta's layout: params.json and tensor-parallel shards, read as mlx-lm's Llama or Mixtral.
 
-Rotary embeddings stay interleaved, as Meta stores them: the configuration says `rope_traditional`,
-so no row is moved.
+The rows of q and k stay interleaved, as Meta stores them: the configuration sets
+`rope_traditional`.
 
 References: https://github.com/meta-llama/llama/blob/main/llama/model.py (names, and what a shard
 splits), https://github.com/meta-llama/llama-models (scaled rotary embeddings),
@@ -20,7 +20,7 @@ from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor
 from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_torch_file
 
-# Meta's name -> mlx-lm's, and the dimension that shards split (None: every shard has the whole).
+# Meta's name -> mlx-lm's name, and the dimension that shards split (None: all shards have it all).
 _TOP_NAMES: dict[str, tuple[str, int | None]] = {
     "tok_embeddings": ("model.embed_tokens", 1),
     "norm": ("model.norm", None),
@@ -43,7 +43,7 @@ _LAYER_NAMES: dict[str, tuple[str, int | None]] = {
 }
 _UNUSED = {"rope.freqs"}
 
-# What is read of params.json, and the types it may have.
+# The settings of params.json that are read, and their types.
 _REQUIRED = ("dim", "n_layers", "n_heads")
 _OPTIONAL = ("n_kv_heads", "hidden_dim", "head_dim", "vocab_size", "max_seq_len", "sliding_window")
 _PARAMS: dict[str, tuple[type, ...]] = {
@@ -58,13 +58,13 @@ def open_meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor
     """Find the tensors of a Meta folder without reading them.
 
     Args:
-        folder: holds `params.json` and one or more `consolidated.*` files.
+        folder: has `params.json` and one or more `consolidated.*` files.
 
     Returns:
-        What `config.json` would say for mlx-lm's Llama or Mixtral, and the tensors under its names.
+        The configuration of mlx-lm's Llama or Mixtral, and the tensors under its names.
 
     Raises:
-        InputError: files or settings are missing, or the shards do not belong together.
+        InputError: files or settings are missing, or the shards do not fit together.
     """
     params = _read_params(folder / "params.json")
     tensors = _joined_tensors(shard_files(folder), params["dim"])
@@ -76,10 +76,10 @@ def open_meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The `consolidated.*` files of a Meta folder in their order.
+    """The `consolidated.*` files of a Meta folder in order.
 
     Raises:
-        InputError: there are none, or one is missing between others.
+        InputError: there are none, or one of a series is missing.
     """
     files = sorted(folder.glob("consolidated*.pth")) or sorted(
         folder.glob("consolidated*.safetensors")
@@ -97,7 +97,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    """Settings of the right types; those that may be left out are absent or have a value."""
+    """The settings in params.json, checked for their types; settings of null are left out."""
     params = {name: value for name, value in read_json(path).items() if value is not None}
     problems = [f"{name} is missing" for name in _REQUIRED if name not in params]
     problems += [
@@ -122,7 +122,7 @@ def _config(params: Mapping[str, Any], tensors: dict[str, LazyTensor]) -> dict[s
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads", params["n_heads"]),
-        # `multiple_of` and `ffn_dim_multiplier` only say what the tensors' shapes show.
+        # The shapes show what `multiple_of` and `ffn_dim_multiplier` would give.
         "intermediate_size": params.get("hidden_dim")
         or _size(tensors, f"model.layers.0.{gate}.weight", -2),
         "vocab_size": vocabulary
@@ -144,10 +144,10 @@ def _config(params: Mapping[str, Any], tensors: dict[str, LazyTensor]) -> dict[s
 
 
 def _rope_scaling(params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Llama 3.1's scaled rotary embeddings, whose numbers params.json mostly leaves to the code."""
+    """Llama 3.1's scaled rotary embeddings; most of their numbers are in Meta's code only."""
     if not params.get("use_scaled_rope"):
         return None
-    # Llama 3.2's two text models, known by their widths, stretch the context further than 3.1.
+    # Llama 3.2's text models, recognized by their width, stretch the context further than 3.1.
     stretch = 32.0 if params["dim"] in (2048, 3072) else 8.0
     return {
         "rope_type": "llama3",
@@ -165,7 +165,7 @@ def _size(tensors: dict[str, LazyTensor], name: str, axis: int) -> int:
 
 
 def _joined_tensors(files: Sequence[Path], dim: int) -> dict[str, LazyTensor]:
-    """All shards' tensors under mlx-lm's names, whole and with a layer's experts stacked."""
+    """The joined tensors of all shards under mlx-lm's names; experts of a layer are stacked."""
     shards = {
         file.name: open_safetensors(file)
         if file.suffix == ".safetensors"
@@ -178,7 +178,7 @@ def _joined_tensors(files: Sequence[Path], dim: int) -> dict[str, LazyTensor]:
     problems: list[str] = []
     for name in names:
         parts = [shard[name] for shard in shards.values() if name in shard]
-        new_name, axis = _place(name, parts[0].shape, dim)
+        new_name, axis = _mlx_name(name, parts[0].shape, dim)
         problems += _problems(name, new_name, axis, parts, shards)
         whole = parts[0] if axis is None or len(parts) == 1 else JoinedTensor(tuple(parts), axis)
         if ".experts." in name:
@@ -195,8 +195,8 @@ def _joined_tensors(files: Sequence[Path], dim: int) -> dict[str, LazyTensor]:
     return joined | {name: StackedTensor(parts) for name, parts in experts.items()}
 
 
-def _place(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | None]:
-    """mlx-lm's name of a tensor, empty where there is none, and the dimension that shards split."""
+def _mlx_name(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | None]:
+    """mlx-lm's name of a tensor, empty if unknown, and the dimension that shards split."""
     match = re.fullmatch(r"(layers\.\d+\.)?(.+?)(?:\.experts\.\d+(\..+))?\.(weight|bias)", name)
     if match is None:
         return "", None
@@ -204,7 +204,7 @@ def _place(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | None
     names = _LAYER_NAMES if layer else _TOP_NAMES
     new_name, axis = names.get(f"{module}.experts{expert}" if expert else module, ("", None))
     if module == "tok_embeddings" and shape[-1:] == (dim,):
-        axis = 0  # Llama 3 splits the vocabulary, earlier ones the width.
+        axis = 0  # Llama 3 splits the vocabulary, earlier models the width
     prefix = f"model.{layer}" if layer else ""
     return new_name and f"{prefix}{new_name}.{kind}", axis
 
@@ -216,13 +216,13 @@ def _problems(
     parts: Sequence[LazyTensor],
     shards: Mapping[str, Mapping[str, LazyTensor]],
 ) -> list[str]:
-    """Why a tensor cannot be put together from its parts."""
+    """Why the parts of a tensor cannot be joined."""
     if not new_name:
-        return [f"{name} is not of Meta's layout"]
+        return [f"{name} is not part of Meta's layout"]
     if len(parts) < len(shards):
         absent = ", ".join(file for file, shard in shards.items() if name not in shard)
         return [f"{name} is missing in {absent}"]
-    # What parts must share: the type, and all sizes but the one along which they are joined.
+    # Parts have one type, and one size in all dimensions but the one along which they are joined.
     kinds = {
         (part.dtype, tuple(-1 if index == axis else n for index, n in enumerate(part.shape)))
         for part in parts

@@ -28,18 +28,18 @@ def under_mlx_names(
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Rename, drop and combine tensors as the architecture's `sanitize` in mlx-lm does.
 
-    `sanitize` works on arrays. It is shown empty ones first: those that come back untouched are
-    merely renamed, and stay on disk. Only if it computes others is it shown arrays that MLX reads
-    when they are evaluated.
+    `sanitize` works on arrays. It is first called with empty ones: those that it returns untouched
+    are only renamed, and stay on disk. If it computes others, it is called again with arrays that
+    MLX reads from disk when they are evaluated.
 
     Args:
         model: the architecture.
-        tensors: the checkpoint's.
+        tensors: the checkpoint's, by name.
         scratch: a file for a copy of the checkpoint that MLX can read, written if one is needed.
         place: the checkpoint, for messages.
 
     Returns:
-        The tensors under mlx-lm's names, and a note on those that were dropped.
+        The tensors under mlx-lm's names, and a note if some are not used.
 
     Raises:
         InputError: the tensors are not those of the architecture.
@@ -86,7 +86,7 @@ def sanitized(model: nn.Module, arrays: dict[str, mx.array], place: str) -> dict
 
 
 def _unread_arrays(tensors: dict[str, LazyTensor], scratch: Path) -> dict[str, mx.array]:
-    """The tensors as arrays that MLX reads, from safetensors files, when they are evaluated."""
+    """The tensors as arrays that MLX reads from safetensors files when they are evaluated."""
     stored = {tensor.path for tensor in tensors.values() if isinstance(tensor, StoredTensor)}
     arrays = _loaded(file for file in sorted(stored) if file.suffix == ".safetensors")
     arrays |= {

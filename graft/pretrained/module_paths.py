@@ -1,4 +1,4 @@
-"""Paths of modules and tensors: their natural order, and lists of them made short."""
+"""Paths of modules and tensors: sorts them naturally and abbreviates lists of them."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ def natural_key(path: str) -> list[tuple[int, str]]:
 
 
 def collapsed(paths: Iterable[str]) -> list[str]:
-    """Paths that differ in numbers alone as one, with a star and how many they are."""
+    """Paths that differ only in numbers as one pattern each, with a star and their count."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)

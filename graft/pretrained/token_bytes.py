@@ -1,7 +1,4 @@
-"""The bytes of single tokens, which a tokenizer's `decode` does not tell of parts of characters.
-
-Knows the three ways in which vocabularies write bytes down; knows nothing of whole texts.
-"""
+"""The bytes of single tokens, including tokens that are only a part of a character."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,10 +9,11 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class TokenBytes:
-    """From token ids to bytes.
+    """Maps token ids to bytes.
 
     Args:
-        tokenizer: of a model.
+        tokenizer: a model's. Its vocabulary may be SentencePiece's, byte-level BPE in GPT-2's
+            letters, or raw bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -24,11 +22,11 @@ class TokenBytes:
         self.of = lru_cache(maxsize=1 << 16)(self._of)
 
     def text(self, token: int) -> str:
-        """The token's text; U+FFFD for bytes that are no whole character."""
+        """The token's text; U+FFFD for an incomplete character."""
         return self.of(token).decode("utf-8", "replace")
 
     def _of(self, token: int) -> bytes:
-        """The token's bytes, none if the vocabulary has no such id."""
+        """The token's bytes, empty if the vocabulary has no such id."""
         if isinstance(self._tokenizer, SentencePieceTokenizer):
             return self._tokenizer.token_bytes(token)
         if self._pieces is None:
@@ -42,19 +40,19 @@ class TokenBytes:
 
 
 def _pieces(tokenizer: Tokenizer) -> list[Any] | None:
-    """How a Hugging Face vocabulary writes its tokens, where mlx-lm knows what that means."""
+    """The tokens of a Hugging Face vocabulary, if mlx-lm knows how they are written."""
     return getattr(getattr(tokenizer, "detokenizer", None), "tokenmap", None)
 
 
 def _byte_letters() -> dict[str, bytes]:
-    """GPT-2's letters for bytes: those that print stand for themselves, others follow at 256.
+    """GPT-2's letters for bytes: printable ones are themselves, others start at 256.
 
     Reference: `bytes_to_unicode` in https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
-    others = [byte for byte in range(256) if byte not in plain]
+    unprintable = [byte for byte in range(256) if byte not in plain]
     letters = [*zip(map(chr, plain), plain, strict=True)]
-    letters += [(chr(256 + number), byte) for number, byte in enumerate(others)]
+    letters += [(chr(256 + number), byte) for number, byte in enumerate(unprintable)]
     return {letter: bytes([byte]) for letter, byte in letters}
 
 

@@ -1,8 +1,4 @@
-"""Text to token ids and back: SentencePiece folders here, Hugging Face ones through mlx-lm.
-
-Both kinds offer `encode(text)` with the model's own start token, `decode(ids)`, `eos_token_id` and
-`eos_token_ids`.
-"""
+"""Tokenizers: SentencePiece models, and those of Hugging Face through mlx-lm."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,13 +8,13 @@ from graft.errors import InputError, first_line
 
 
 class Tokenizer(Protocol):
-    """What Graft asks of a tokenizer."""
+    """What Graft needs of a tokenizer."""
 
     eos_token_id: int
     eos_token_ids: set[int]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, the start token first where the model has one."""
+        """Token ids of a text, after the start token if the model has one."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -27,13 +23,13 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A `tokenizer.model` file of SentencePiece, as Llama's first generations and Mistral have it.
+    """A `tokenizer.model` file of SentencePiece, as Llama 1 and 2 and Mistral have it.
 
     Args:
         path: the model file.
 
     Raises:
-        InputError: the file is no SentencePiece model.
+        InputError: the file is not a SentencePiece model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +40,7 @@ class SentencePieceTokenizer:
             self._model.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
             raise InputError(
-                f"{path} is no SentencePiece model; a tiktoken vocabulary (Llama 3) needs the "
+                f"{path} is not a SentencePiece model; a tiktoken vocabulary (Llama 3) needs the "
                 "tokenizer.json of its Hugging Face repository beside it"
             ) from error
         self.bos_token_id: int = self._model.bos_id()
@@ -53,7 +49,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._model.GetPieceSize()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, after BOS where the model has one and `add_special_tokens` holds."""
+        """Token ids of a text, after BOS if the model has one and `add_special_tokens` is true."""
         ids: list[int] = self._model.EncodeAsIds(text)
         starts = add_special_tokens and self.bos_token_id >= 0
         return [self.bos_token_id, *ids] if starts else ids
@@ -61,25 +57,27 @@ class SentencePieceTokenizer:
     def encode_many(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, offsets: bool = False
     ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
-        """Token ids of many texts at once, as `encode` gives them.
+        """Encode many texts at once.
 
         Args:
-            texts: what to encode.
-            add_special_tokens: whether BOS comes first, where the model has one.
-            offsets: also tell the (first, last + 1) characters of each token. Every byte token of
-                a character has that character's, and BOS has none: (0, 0).
+            texts: the texts.
+            add_special_tokens: start with BOS if the model has one.
+            offsets: also return the characters of each token.
+
+        Returns:
+            For each text its token ids, and for each token (first, last + 1) of its characters if
+            `offsets` is true. All byte tokens of a character have that character; BOS has (0, 0).
         """
         starts = [self.bos_token_id] if add_special_tokens and self.bos_token_id >= 0 else []
         if not offsets:
             return [([*starts, *ids], None) for ids in self._model.EncodeAsIds(list(texts))]
-        found = self._model.EncodeAsOffsetMapping(list(texts))
         return [
-            ([*starts, *one["ids"]], [*((0, 0) for _ in starts), *_widened(one["offsets"])])
-            for one in found
+            ([*starts, *tokens["ids"]], [*((0, 0) for _ in starts), *_widened(tokens["offsets"])])
+            for tokens in self._model.EncodeAsOffsetMapping(list(texts))
         ]
 
     def serialize(self) -> bytes:
-        """The whole model, as its file holds it."""
+        """The content of the model file."""
         model: bytes = self._model.serialized_model_proto()
         return model
 
@@ -93,17 +91,17 @@ class SentencePieceTokenizer:
         return piece.replace("\u2581", " ").encode()
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; control tokens have none, stray bytes become U+FFFD.
+        """The text of token ids; incomplete characters become U+FFFD.
 
-        Nor have ids above the vocabulary, which models have whose embedding is padded to a round
-        size.
+        Control tokens have no text, nor have ids above the vocabulary, which a model can produce
+        if its embedding is padded to a round size.
         """
         text: str = self._model.DecodeIds([i for i in ids if i < self.vocab_size])
         return text
 
 
 def _widened(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give the first byte tokens of a character its end, which only the last one has."""
+    """Extend the byte tokens of a character to its end, which only the last one has."""
     widened: list[tuple[int, int]] = []
     for first, last in reversed(offsets):
         widened.append((first, max(last, widened[-1][1]) if first == last and widened else last))
@@ -111,16 +109,15 @@ def _widened(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class StreamingDecoder:
-    """Decodes ids one after another, holding back characters that are not complete yet.
+    """Decodes token ids one by one and holds back incomplete characters.
 
-    A window of the last two released groups is decoded each time, so that tokenizers whose text of
-    a token depends on what precedes it (a leading space, a character spread over byte tokens) come
-    out right, in time linear in the ids.
+    The text of a token can depend on the tokens before it (a leading space, a character of several
+    byte tokens). So each step decodes the tokens since the last but one output, which takes time
+    linear in the number of tokens.
 
     Args:
         tokenizer: anything with `decode`.
-        context: ids that come before, such as the end of a prompt; their text is not given out
-            again.
+        context: preceding ids, such as a prompt's; their text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()) -> None:
@@ -130,29 +127,29 @@ class StreamingDecoder:
         self._released = len(self._ids)
 
     def add(self, token: int) -> str:
-        """The text that `token` completes, which may be empty."""
+        """The text that a token completes, which may be empty."""
         self._ids.append(token)
         return self._release(final=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self._release(final=True)
 
     def _release(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._released])
+        known = self._tokenizer.decode(self._ids[self._start : self._released])
         text = self._tokenizer.decode(self._ids[self._start :])
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not final):
             return ""
         self._start, self._released = self._released, len(self._ids)
-        return text[len(before) :]
+        return text[len(known) :]
 
 
 def load_tokenizer(folder: Path, eos_token_ids: int | list[int] | None = None) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Args:
-        folder: holds `tokenizer.json` and its like, or only `tokenizer.model`.
-        eos_token_ids: further ids that end a text, as config.json tells them.
+        folder: has `tokenizer.json` and the files that belong to it, or only `tokenizer.model`.
+        eos_token_ids: further ids that end a text, from the model's configuration.
 
     Raises:
         InputError: there is no tokenizer, or it cannot be read.
@@ -168,6 +165,6 @@ def load_tokenizer(folder: Path, eos_token_ids: int | list[int] | None = None) -
 
     try:
         tokenizer: Tokenizer = load(folder, eos_token_ids=sorted(ids) or None)
-    except Exception as error:  # transformers and its Rust half raise what they like
+    except Exception as error:  # transformers and its Rust part raise many types
         raise InputError(f"cannot read the tokenizer of {folder}: {first_line(error)}") from error
     return tokenizer

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Writes files and folders atomically: they appear complete or not at all.
 
-Everything Graft writes is made beside its place, flushed to disk and renamed, so that a crash, a
-full disk or Ctrl-C leaves what stood there before.
+Everything Graft writes is written under a temporary name in the same folder, flushed to disk and
+renamed, so a crash, a full disk or Ctrl-C leaves the previous content untouched.
 """
 
 import errno
@@ -17,12 +17,12 @@ from graft.errors import InputError
 
 @contextmanager
 def new_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; on success it becomes `path`.
+    """Yield a temporary path in the folder of `path`; on success it is renamed to `path`.
 
     The temporary name keeps the suffix, since some writers choose the format by it.
 
     Raises:
-        InputError: the place cannot be written. A full disk stays an `OSError` that names `path`.
+        InputError: `path` cannot be written. A full disk remains an `OSError` that names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -39,14 +39,14 @@ def new_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it becomes `path`.
+    """Yield an empty temporary folder next to `path`; on success it is renamed to `path`.
 
     Args:
         path: the folder to make.
-        replace: put the new folder in the place of an existing one.
+        replace: replace an existing folder.
 
     Raises:
-        InputError: `path` exists and `replace` is false, or the place cannot be written.
+        InputError: `path` exists and `replace` is false, or it cannot be written.
     """
     path = Path(path)
     check_free(path, replace=replace)
@@ -65,25 +65,29 @@ def new_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left unfinished in a folder that no other process writes to."""
+    """Remove the temporary files of killed processes from a folder that nobody else writes to."""
     for pattern in (".tmp-*", ".old-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_free(path: Path, *, replace: bool) -> None:
-    """Refuse early, before any work, to write over something that exists."""
+    """Check before any work that a folder can be made without overwriting anything.
+
+    Raises:
+        InputError: `path` exists and `replace` is false, or it is a file.
+    """
     if path.exists() and not replace:
-        raise InputError(f"{path} exists; name another place or add --force to replace it")
+        raise InputError(f"{path} exists; choose another path, or add --force to replace it")
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; a folder is to be written there: name another place")
+        raise InputError(f"{path} is a file, not a folder; choose another path")
 
 
 def check_writable(path: Path) -> None:
-    """Refuse early, before any work, a file that could not be written in the end.
+    """Check before any work that a file can be written.
 
     Raises:
-        InputError: a folder stands there, or there is no way to make one above it.
+        InputError: `path` is a folder, or its folder cannot be made or written to.
     """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
@@ -92,11 +96,11 @@ def check_writable(path: Path) -> None:
         reason = f"{above} is a file, not a folder"
     else:
         try:
-            tempfile.TemporaryFile(dir=above).close()  # permissions tell root nothing
+            tempfile.TemporaryFile(dir=above).close()  # permission bits do not apply to root
             return
         except OSError as error:
-            reason = f"{above} takes no new file ({error.strerror})"
-    raise InputError(f"cannot write {path}: {reason}; name another place")
+            reason = f"{above} is not writable ({error.strerror})"
+    raise InputError(f"cannot write {path}: {reason}; choose another path")
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
@@ -118,17 +122,17 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Turn an operating-system refusal into a message that names the file the user asked for.
+    """Turn the operating system's refusals into a message that names the path the user gave.
 
     Raises:
-        InputError: the place cannot be written. A full disk stays an `OSError` that names `path`.
+        InputError: `path` cannot be written. A full disk remains an `OSError` that names `path`.
     """
     try:
         yield
     except RuntimeError as error:
         if "Unable to write" not in str(error):
             raise
-        # What MLX's own writers say of a full disk.
+        # How MLX's own writers report a full disk.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -136,4 +140,4 @@ def errors_name(path: Path) -> Iterator[None]:
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
         if error.errno not in (*refusals, errno.EEXIST, errno.ENAMETOOLONG):
             raise
-        raise InputError(f"cannot write {path}: {error.strerror}; name another place") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another path") from error

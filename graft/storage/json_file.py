@@ -8,10 +8,10 @@ from graft.errors import InputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+    """The object in a JSON file.
 
     Raises:
-        InputError: the file is missing or no such JSON.
+        InputError: the file is missing, is not valid JSON or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Tensors that stay on disk until some of their rows are asked for.
+"""Tensors that stay on disk until some of their rows are read.
 
-A checkpoint, whatever its format, is a mapping from names to `LazyTensor`s, so that converting it
-needs memory for a few rows of a tensor instead of for the model. Knows nothing of file formats: a
-format says where in which file a tensor lies.
+A checkpoint of any format is a mapping from names to `LazyTensor`s, so converting a model takes
+memory for a few rows instead of for all of it. The modules for the formats find out where each
+tensor is; this one reads it.
 """
 
 import math
@@ -19,7 +19,7 @@ import numpy as np
 
 BLOCK_BYTES = 1 << 23
 
-# numpy has no bfloat16: its 16-bit words are read as they are and viewed as bfloat16 by MLX.
+# NumPy has no bfloat16: its words are read as 16-bit integers, which MLX views as bfloat16.
 NUMPY_NAMES = {
     mx.bool_: "?",
     mx.uint8: "u1",
@@ -47,7 +47,7 @@ class Shaped(Protocol):
 
 
 class LazyTensor(Shaped, Protocol):
-    """What converting asks of a tensor."""
+    """A tensor that can be read in blocks of rows."""
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -55,20 +55,20 @@ class LazyTensor(Shaped, Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Elements start to stop of the first dimension; a scalar ignores both."""
+        """Indices start to stop - 1 of the first dimension; a scalar ignores both."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view into the raw numbers of a file.
+    """A tensor in a file, uncompressed and possibly strided.
 
     Args:
         path: the file.
-        offset_bytes: where the first element lies.
+        offset_bytes: position of the first element in the file.
         dtype: type of the elements, little-endian in the file.
         shape: size of each dimension.
-        strides: elements from one index to the next, for each dimension.
+        strides: distance of neighbors along each dimension, in elements.
     """
 
     path: Path
@@ -78,14 +78,14 @@ class StoredTensor:
     strides: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Elements start to stop of the first dimension, read now."""
+        """Indices start to stop - 1 of the first dimension, read from the file."""
         shape, offset = self.shape, self.offset_bytes
         if shape:
             shape = (stop - start, *shape[1:])
             offset += start * self.strides[0] * self.dtype.size
         if 0 in shape:
             return mx.zeros(shape, self.dtype)
-        # Mapped for this one read, so that pages of the file do not add up in resident memory.
+        # Mapped for this read only, so that pages of the file do not add up in resident memory.
         span = 1 + sum(
             (size - 1) * stride for size, stride in zip(shape, self.strides, strict=True)
         )
@@ -104,7 +104,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """Equal parts of one tensor, put together again along a dimension."""
+    """Parts of one tensor, concatenated along a dimension."""
 
     parts: tuple[LazyTensor, ...]
     axis: int
@@ -124,22 +124,22 @@ class JoinedTensor:
         return self.parts[0].dtype
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Elements start to stop of the first dimension, read now."""
+        """Indices start to stop - 1 of the first dimension."""
         if self.axis > 0:
             return mx.concatenate([part.rows(start, stop) for part in self.parts], self.axis)
-        found, first = [], 0
+        chosen, first = [], 0
         for part in self.parts:
             size = part.shape[0]
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                found.append(part.rows(low, high))
+                chosen.append(part.rows(low, high))
             first += size
-        return mx.concatenate(found) if found else self.parts[0].rows(0, 0)
+        return mx.concatenate(chosen) if chosen else self.parts[0].rows(0, 0)
 
 
 @dataclass(frozen=True)
 class StackedTensor:
-    """Tensors of one shape, as the first dimension of a new one."""
+    """Tensors of one shape, stacked along a new first dimension."""
 
     parts: tuple[LazyTensor, ...]
 
@@ -154,7 +154,7 @@ class StackedTensor:
         return self.parts[0].dtype
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Parts start to stop, read now."""
+        """Parts start to stop - 1."""
         if start == stop:
             return mx.zeros((0, *self.shape[1:]), self.dtype)
         return mx.stack([read(part) for part in self.parts[start:stop]])
@@ -162,7 +162,7 @@ class StackedTensor:
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """An array that MLX has not evaluated yet: as a whole it comes to life with its first rows."""
+    """An array that MLX may not have evaluated yet; reading any rows evaluates all of it."""
 
     array: mx.array
 
@@ -177,12 +177,12 @@ class ComputedTensor:
         return self.array.dtype
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Elements start to stop of the first dimension."""
+        """Indices start to stop - 1 of the first dimension."""
         return self.array[start:stop] if self.shape else self.array
 
 
 class Output(NamedTuple):
-    """A tensor to write: what it is, and its rows in order, made only when they are written."""
+    """A tensor to write, as blocks of rows that are made only when they are written."""
 
     name: str
     dtype: mx.Dtype
@@ -191,12 +191,12 @@ class Output(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the elements take."""
+        """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.size
 
     def raw(self, block: mx.array) -> memoryview:
         """The bytes of a block."""
-        # The header is written by then: other bytes would be read as other numbers.
+        # The header with the type is written already, and the file would be read by it.
         assert block.dtype == self.dtype, f"{self.name}: {block.dtype}, not {self.dtype}"
         return memoryview(block.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]
 
@@ -207,7 +207,7 @@ def read(tensor: LazyTensor) -> mx.array:
 
 
 def blocks(tensor: LazyTensor) -> Iterator[mx.array]:
-    """Yield the tensor in order, as many rows at a time as fit BLOCK_BYTES, and at least one."""
+    """Yield a tensor in order, as many rows at a time as fit `BLOCK_BYTES`, and at least one."""
     if not tensor.shape:
         yield read(tensor)
         return
@@ -233,23 +233,25 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def size_bytes(tensor: LazyTensor) -> int:
-    """Bytes that the tensor's elements take."""
+    """Bytes of a tensor's elements."""
     return math.prod(tensor.shape) * tensor.dtype.size
 
 
 def check_fit(expected: Mapping[str, Shaped], found: Mapping[str, Shaped], place: str) -> None:
-    """Compare names and shapes.
+    """Compare the tensors of a model and of its checkpoint by name and shape.
 
     Args:
-        expected: what a model has.
-        found: what its checkpoint holds.
+        expected: the model's.
+        found: the checkpoint's.
         place: the checkpoint, for the message.
 
     Raises:
-        InputError: tensors are missing, left over or of another shape; all of them named.
+        InputError: tensors are missing, unknown or of another shape; all of them are named.
     """
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not of this architecture" for name in found if name not in expected]
+    problems += [
+        f"{name} is not part of this architecture" for name in found if name not in expected
+    ]
     problems += [
         f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted.shape)}"
         for name, wanted in expected.items()

@@ -1,6 +1,6 @@
 """Reads and writes npz files, tensor by tensor.
 
-MLX's own writer wants all arrays at once; this one takes them as they come, so that a file may be
+MLX's own writer needs all arrays at once. This one writes each as it is made, so a file may be
 larger than memory.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
@@ -41,11 +41,11 @@ _HEADER_READERS = {
 
 
 def write_npz(path: Path, outputs: Iterable[Output]) -> None:
-    """Write an npz file for `mx.load`; bfloat16 as MLX writes it, two raw bytes an element."""
-    # Over an open file: given a path, ZipFile closes it a second time after a full disk, and tells.
+    """Write an npz file for `mx.load`; bfloat16 as MLX writes it, two raw bytes per element."""
+    # Given a path, ZipFile would close the file twice after a full disk, with a second error.
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for output in outputs:
-            # A ZipInfo of its own has a fixed date, so equal tensors make equal files.
+            # A new ZipInfo has a fixed date, so equal tensors make equal files.
             with archive.open(
                 zipfile.ZipInfo(f"{output.name}.npy"), "w", force_zip64=True
             ) as member:

@@ -1,6 +1,6 @@
 """Reads and writes safetensors files, tensor by tensor.
 
-MLX's own writer wants all arrays at once; this one takes them as they come, so that a file may be
+MLX's own writer needs all arrays at once. This one writes each as it is made, so a file may be
 larger than memory.
 
 Format: https://github.com/huggingface/safetensors#format
@@ -33,7 +33,7 @@ _NAMES = {
     mx.float32: "F32",
     mx.float64: "F64",
 }
-# MLX has no eight-bit floats: it loads them as bytes, and the model classes take it from there.
+# MLX has no 8-bit floats: it loads them as bytes, which some model classes of mlx-lm convert.
 _DTYPES = {
     **{name: dtype for dtype, name in _NAMES.items()},
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), mx.uint8),
@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 def write_safetensors(path: Path, outputs: Sequence[Output]) -> None:
-    """Write a safetensors file, marked as MLX's."""
+    """Write a safetensors file with MLX's metadata."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     start = 0
     for output in outputs:
@@ -72,7 +72,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Find the tensors of a safetensors file without reading them.
 
     Raises:
-        InputError: the file is missing, cut off or no safetensors file.
+        InputError: the file is missing, truncated or not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -89,7 +89,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise InputError(
-            f"{path} is truncated or no safetensors file ({error}); fetch it again"
+            f"{path} is truncated or not a safetensors file ({error}); fetch it again"
         ) from error
 
 

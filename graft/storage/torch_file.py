@@ -1,9 +1,9 @@
-"""Reads what `torch.save` wrote, without PyTorch and without running pickled code.
+"""Reads files written by `torch.save`, without PyTorch and without running pickled code.
 
-A .pth or .bin file is a zip: `data.pkl` says which view of which storage each tensor is, and
-`data/KEY` holds the storages, uncompressed. The pickle may only name the few things that a
-dictionary of tensors needs; a file that asks for anything else is refused, since a checkpoint is
-untrusted input and an ordinary unpickler calls whatever it names. Knows nothing of models.
+A .pth or .bin file is a zip archive. Its `data.pkl` describes each tensor as a view of a storage,
+and `data/KEY` holds the storages, uncompressed. A checkpoint is untrusted, and an ordinary
+unpickler calls whatever the pickle names. So only the few names that a dictionary of tensors needs
+are allowed, and a file with any other is refused.
 
 Format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
 """
@@ -37,7 +37,7 @@ STORAGE_DTYPES = {
 }
 SAVE_AGAIN = "load it with PyTorch, if you trust it, and torch.save its state_dict() again"
 
-# What torch.save wrote before version 1.6 begins with this pickled number.
+# Files written by torch.save before version 1.6 begin with this pickled number.
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -56,14 +56,14 @@ class _View(NamedTuple):
 
 
 def open_torch_file(path: Path | str) -> dict[str, StoredTensor]:
-    """Find the tensors of a file without reading them. Checksums of all storages are compared.
+    """Find the tensors of a file without loading them; the checksums of all storages are compared.
 
     Returns:
-        The tensors by name; entries that are no tensors are left out.
+        The tensors by name; entries that are not tensors are left out.
 
     Raises:
-        InputError: the file is missing, damaged, in another format, asks to run code, or holds no
-            tensors by name.
+        InputError: the file is missing, damaged, in another format or without tensors by name, or
+            it needs code to be run.
     """
     path = Path(path)
     _refuse_other_formats(path)
@@ -109,17 +109,17 @@ def _refuse_other_formats(path: Path) -> None:
         kind = "tar format (before 0.2)" if is_tar else "legacy format (before 1.6)"
         raise InputError(f"{path} is in PyTorch's {kind}, not its zip format; {SAVE_AGAIN}")
     if start[:4] != b"PK\3\4":
-        raise InputError(f"{path} is no PyTorch checkpoint: it does not begin as a zip file does")
+        raise InputError(f"{path} is not a PyTorch checkpoint: it does not begin like a zip file")
 
 
 def _root_folder(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
-    """The folder inside the zip, with a slash, that all members lie in."""
+    """The folder inside the archive that holds all members, with a slash at the end."""
     roots = [
         name.removesuffix("data.pkl") for name in members if name.partition("/")[2] == "data.pkl"
     ]
     if len(roots) != 1:
         raise InputError(
-            f"{path} is no PyTorch checkpoint: the zip holds {len(roots)} data.pkl, not 1"
+            f"{path} is not a PyTorch checkpoint: the archive holds {len(roots)} data.pkl, not 1"
         )
     if f"{roots[0]}constants.pkl" in members:
         raise InputError(f"{path} is a TorchScript program, not a checkpoint; {SAVE_AGAIN}")
@@ -131,12 +131,12 @@ def _unpickle(path: Path, pickled: bytes) -> Any:
         return _AllowListUnpickler(path, pickled).load()
     except InputError:
         raise
-    except Exception as error:  # A damaged pickle can fail in any way; none of them is ours.
+    except Exception as error:  # a damaged pickle can fail in any way
         raise InputError(f"{path} is damaged: data.pkl cannot be read ({error})") from error
 
 
 class _AllowListUnpickler(pickle.Unpickler):
-    """Knows views, storages and OrderedDict; finds nothing else."""
+    """Resolves the names of views, storages and OrderedDict only."""
 
     def __init__(self, path: Path, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled))
@@ -152,7 +152,7 @@ class _AllowListUnpickler(pickle.Unpickler):
         }
         if (module, name) not in allowed:
             raise InputError(
-                f"{self._path} is refused: it asks for {module}.{name}, which plain tensors do not "
+                f"{self._path} is refused: it names {module}.{name}, which plain tensors do not "
                 f"need and which could run any code; {SAVE_AGAIN}"
             )
         return allowed[module, name]
@@ -196,12 +196,12 @@ def _kind(content: Any) -> str:
 def _located(
     path: Path, name: str, view: _View, starts: Mapping[str, tuple[int, int]]
 ) -> StoredTensor:
-    """Turn a view into a place in the file, after checking that it stays inside its storage."""
+    """A view as a tensor in the file, checked to stay inside its storage."""
     storage, offset, shape, strides = view
     numbers = (offset, *shape, *strides)
-    sound = isinstance(storage, _Storage) and len(shape) == len(strides)
-    if not sound or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise InputError(f"{path} is damaged: {name} is no sound view of a storage")
+    valid = isinstance(storage, _Storage) and len(shape) == len(strides)
+    if not valid or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise InputError(f"{path} is damaged: {name} is not a valid view of a storage")
     start, size = starts.get(storage.key, (0, -1))
     if size != storage.elements * storage.dtype.size:
         raise InputError(

@@ -214,7 +214,7 @@ def test_everything_that_is_wrong_is_told_at_once(
         "--test-fraction 0.5: give more than 0, less than 0.5",
         "--max-chars 50: give at least 200",
         "--workers 0: give at least 1",
-        f"{tmp_path / 'there'} exists; name another place or add --force to replace it",
+        f"{tmp_path / 'there'} exists; choose another path, or add --force to replace it",
     ):
         assert part in line
 
@@ -255,7 +255,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr(docstrings, "read_package", None)
     (tmp_path / "file").write_text("kept")
     assert build("json", "--out", tmp_path / place, "--force") == 2
-    assert "name another place" in capsys.readouterr().err
+    assert "choose another path" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "kept"
 
 

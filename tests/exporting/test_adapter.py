@@ -109,7 +109,7 @@ def test_a_gguf_that_tells_its_order_goes_to_peft_with_the_base_named(
         (["--to", "gguf", "--out", "out"], "ends in .gguf"),
         (["--to", "onnx", "--out", "out"], "invalid choice: 'onnx'"),
         (["--to", "peft"], "--out"),
-        (["--to", "peft", "--out", "out", "--upload-repo", "mine"], "give owner/name"),
+        (["--to", "peft", "--out", "out", "--upload-repo", "mine"], "names of the form owner/name"),
         (["--to", "gguf", "--out", "a.gguf", "--model", "gone"], "no model folder gone"),
     ],
 )

@@ -71,7 +71,7 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused(
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="owner/nosuch is no folder here, and the Hub") as refusal:
+    with pytest.raises(InputError, match="no local folder owner/nosuch, and it") as refusal:
         find_folder("owner/nosuch")
     assert "\n" not in str(refusal.value)
 

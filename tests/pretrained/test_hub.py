@@ -157,12 +157,12 @@ def test_a_hub_that_refuses_is_one_line_and_what_was_written_stays(hub: Hub, run
     done = command(hub, run, *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "the Hub does not take it as me/mine" in done.stderr
+    assert "uploading it to the Hub as me/mine failed" in done.stderr
     assert (run / "out" / "adapter_model.safetensors").exists()
 
 
 def test_an_adapter_that_the_hub_does_not_have_is_one_line(hub: Hub, run: Path) -> None:
     done = command(hub, run, "inspect", "nobody/nothing")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nobody/nothing is no folder here")
+    assert done.stderr.startswith("error: there is no local folder nobody/nothing")
     assert done.stderr.count("\n") == 1

@@ -260,7 +260,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     text = refusal(read_model, change_weights(write_model(tmp_path / "m"), spoil))
     assert "model.norm.weight is missing" in text
     assert "lm_head.weight is missing" in text
-    assert "model.layers.7.mlp.up_proj.weight is not of this architecture" in text
+    assert "model.layers.7.mlp.up_proj.weight is not part of this architecture" in text
     assert "model.layers.0.mlp.up_proj.weight has shape (2, 2), not (128, 64)" in text
     assert "model.embed_tokens.weight has shape (512, 65), not (512, 64)" in text
     assert str(tmp_path / "m") in text
@@ -287,7 +287,7 @@ def test_a_packing_that_no_quantization_has_is_refused(tmp_path: Path) -> None:
 def test_a_quantized_model_whose_config_forgot_it_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", bits=4)
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    assert "lm_head.scales is not of this architecture" in refusal(read_model, folder)
+    assert "lm_head.scales is not part of this architecture" in refusal(read_model, folder)
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_everything_wrong_with_the_shards_is_named(tmp_path: Path) -> None:
     second["output.weight"] = second["output.weight"].astype(np.float16)
     error = refused(write(tmp_path, first, second))
     assert "norm.weight is missing in consolidated.01.pth" in error
-    assert "layers.0.attention.wq.lora.weight is not of Meta's layout" in error
+    assert "layers.0.attention.wq.lora.weight is not part of Meta's layout" in error
     assert "layers.0.attention.wk.weight do not fit together: (8, 8) mlx.core.float32, (4," in error
     assert "output.weight do not fit together" in error
 

@@ -126,14 +126,14 @@ def test_ids_above_the_vocabulary_have_no_text(ours: SentencePieceTokenizer) -> 
 @pytest.mark.parametrize("content", [b"", b"junk" * 100])
 def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(InputError, match=r"tokenizer\.model is no SentencePiece model"):
+    with pytest.raises(InputError, match=r"tokenizer\.model is not a SentencePiece model"):
         load_tokenizer(tmp_path)
 
 
 def test_a_truncated_sentencepiece_model_is_refused(tmp_path: Path, model_file: Path) -> None:
     whole = model_file.read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is no SentencePiece model"):
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
         load_tokenizer(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that root cannot fill")
 def test_a_folder_that_takes_no_file_is_refused_early_even_to_root(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write /proc/new/file: /proc takes no new file"):
+    with pytest.raises(InputError, match=r"cannot write /proc/new/file: /proc is not writable"):
         check_writable(Path("/proc/new/file"))
     check_writable(tmp_path / "new" / "file")
     assert everything_in(tmp_path) == {}

@@ -55,7 +55,7 @@ def test_a_block_is_made_only_when_the_one_before_is_written(tmp_path: Path) -> 
 )
 def test_a_broken_safetensors_header_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="truncated or no safetensors file"):
+    with pytest.raises(InputError, match="truncated or not a safetensors file"):
         open_safetensors(tmp_path / "w.safetensors")
 
 
