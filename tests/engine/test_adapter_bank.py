@@ -135,7 +135,7 @@ def test_parts_of_a_fused_projection_are_adapted_alone() -> None:
     model = make_model({**LLAMA, "model_type": "phi3"})
     adapter = make_adapter(model, targets="qkv_proj.q,qkv_proj.v,gate_up_proj.up", rank=3)
     path = "model.layers.0.self_attn.qkv_proj"
-    assert adapter[1].layers[path].parts == FusedParts(("q", "k", "v"), (64, 32, 32), ("q", "v"))
+    assert adapter.layers[path].parts == FusedParts(("q", "k", "v"), (64, 32, 32), ("q", "v"))
     expected = logits_with(model, TOKENS[:2], adapter)
     bank = bank_of(model)
     logits = mixed(bank, [((install(bank, adapter), 1.0),), ()])
@@ -276,7 +276,7 @@ def test_an_adapter_that_cannot_be_installed_leaves_the_bank_as_it_was() -> None
     first = install(bank, adapters[0])
     expected = mixed(bank, [((first, 1.0),), ()])
     held = bank.nbytes
-    bad = make_factors(*adapters[1], model, bank.modules, name="a")
+    bad = make_factors(adapters[1], model, bank.modules, name="a")
     bad.layers["model.layers.2.mlp.up_proj"] = (np.zeros((3, 3), np.float32),) * 2
     with pytest.raises(ValueError, match="concatenate"):
         list(bank.install(bad))
