@@ -140,7 +140,7 @@ def test_several_adapters_and_scales_in_a_row(
     four, two = adapters["four"], adapters["two"]
     scales = [{"four": -0.5}, {"four": 2}, {"four": 0.0, "two": 0}, {"two": 1, "four": -2.0}]
     # These two are of different layers, so that they can be attached as one.
-    negative = {n: -2 * a if n.endswith("lora_b") else a for n, a in four[0].items()}
+    negative = {n: -2 * a if n.endswith("lora_b") else a for n, a in four.tensors.items()}
     both = Adapter({**two.tensors, **negative}, {**two.layers, **four.layers})
     expected = [
         alone(model, prompt, four, 10, -0.5),

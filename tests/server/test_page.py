@@ -63,7 +63,7 @@ def page(browser: Any, live: Live) -> Iterator[Any]:
 
 def compare(page: Any, prompt: str = PROMPT, tokens: int = TOKENS) -> None:
     page.locator("summary").click()
-    page.get_by_label("Tokens", exact=True).fill(str(tokens))
+    page.get_by_label("Max tokens", exact=True).fill(str(tokens))
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Compare").click()
 
@@ -128,7 +128,9 @@ def test_tokens_are_coloured_by_how_much_likelier_the_adapter_made_them(
         assert float(strength) == pytest.approx(min(abs(gain) / 4, 1), abs=0.01)
     mean = sum(gains) / len(gains)
     told = card.locator(".readout").text_content()
-    assert told == f"{MINUS if mean < 0 else '+'}{abs(mean):.2f} nats a token over the base"
+    assert (
+        told == f"{MINUS if mean < 0 else '+'}{abs(mean):.2f} nats per token relative to the base"
+    )
     assert page.locator("article").first.locator("b.more, b.less").count() == 0
     page.get_by_label(re.compile("Colour tokens")).uncheck()
     background = "all => all.map(b => getComputedStyle(b).backgroundColor)"

@@ -1,8 +1,8 @@
 "use strict";
 
-// Nats at which a token's colour is full: about 50 times likelier.
+// Difference in nats at which a token's colour is strongest: about 50 times more likely.
 const FULL_COLOUR = 4;
-const MOST_CHOSEN_AT_FIRST = 3;
+const CHOSEN_AT_START = 3;
 
 const $ = (id) => document.getElementById(id);
 const clone = (id) => $(id).content.firstElementChild.cloneNode(true);
@@ -18,8 +18,8 @@ async function call(path, body, signal) {
   const method = body ? "POST" : "GET";
   const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
   if (response.ok) return response;
-  const told = await response.json().catch(() => ({}));
-  const error = new Error(told.error?.message || `the server answered ${response.status}`);
+  const content = await response.json().catch(() => ({}));
+  const error = new Error(content.error?.message || `the server responded with status ${response.status}`);
   error.status = response.status;
   throw error;
 }
@@ -42,7 +42,7 @@ async function* events(response) {
   }
 }
 
-// What the form says
+// The form
 
 function makeRow(name, chosen, title) {
   const row = clone("row");
@@ -70,24 +70,24 @@ function makePlainRow(name, note, chosen) {
 async function showModels() {
   const { data } = await (await call("v1/models")).json();
   const adapters = data.filter((model) => model.parent);
-  const own = data.find((model) => !model.parent);
-  base = own.id;
-  if (own.has_chat_template) document.querySelector("[value=chat]").checked = true;
+  const baseModel = data.find((model) => !model.parent);
+  base = baseModel.id;
+  if (baseModel.has_chat_template) document.querySelector("[value=chat]").checked = true;
   $("model").textContent = base;
   document.title = `Graft: ${base}`;
-  const rows = [makePlainRow("Base", "as it is", true)];
-  adapters.forEach((model, at) => rows.push(makeRow(model.id, at < MOST_CHOSEN_AT_FIRST, model.root)));
-  if (adapters.length > 1) rows.push(makePlainRow("All together", "those chosen, in one answer", false));
+  const rows = [makePlainRow("Base", "without adapters", true)];
+  adapters.forEach((model, at) => rows.push(makeRow(model.id, at < CHOSEN_AT_START, model.root)));
+  if (adapters.length > 1) rows.push(makePlainRow("All together", "the chosen adapters, combined", false));
   $("rows").replaceChildren(...rows);
   if (!adapters.length) {
     const none = document.createElement("p");
     none.className = "none";
-    none.textContent = "No adapters are loaded. Start the server with --adapters FOLDER.";
+    none.textContent = "No adapters are loaded. Start the server with --adapters DIR.";
     $("rows").append(none);
   }
 }
 
-// One answer for the base, for each adapter, and for all of them.
+// One answer for the base model, for each chosen adapter, and for all of them together.
 function wantedAnswers() {
   const chosen = [...$("rows").querySelectorAll(".row")].filter((row) => row.querySelector("input").checked);
   const scaled = chosen.filter((row) => row.querySelector("input[type=number]"));
@@ -96,8 +96,8 @@ function wantedAnswers() {
     const name = row.dataset.name;
     if (name === "Base" && !scaled.includes(row)) return { name, adapters: {} };
     if (scaled.includes(row)) return { name, note: `× ${scaleOf(row)}`, adapters: { [name]: scaleOf(row) } };
-    const all = Object.fromEntries(scaled.map((one) => [one.dataset.name, scaleOf(one)]));
-    return { name, note: scaled.map((one) => one.dataset.name).join(", "), adapters: all };
+    const all = Object.fromEntries(scaled.map((other) => [other.dataset.name, scaleOf(other)]));
+    return { name, note: scaled.map((other) => other.dataset.name).join(", "), adapters: all };
   });
   return answers.filter((answer) => answer.name !== "All together" || scaled.length > 1);
 }
@@ -115,8 +115,8 @@ function sampling() {
 
 function summarize() {
   const temperature = Number($("temperature").value);
-  const how = temperature ? `temperature ${temperature}, top p ${$("top_p").value}` : "the likeliest token each time";
-  $("summary").textContent = `${$("max_tokens").value} tokens, ${how}`;
+  const how = temperature ? `temperature ${temperature}, top-p ${$("top_p").value}` : "always the most likely one";
+  $("summary").textContent = `up to ${$("max_tokens").value} tokens, ${how}`;
 }
 
 // Answers
@@ -134,7 +134,7 @@ class Card {
     const note = document.createElement("small");
     note.textContent = answer.note ? ` ${answer.note}` : "";
     heading.append(answer.name, note);
-    this.text.setAttribute("aria-label", `Answer of ${answer.name}; arrow keys go from token to token`);
+    this.text.setAttribute("aria-label", `Answer of ${answer.name}; use the arrow keys to move between tokens`);
     this.text.addEventListener("keydown", (event) => this.step(event));
     this.text.addEventListener("pointerover", (event) => this.point(event));
     this.text.addEventListener("click", (event) => this.point(event));
@@ -174,7 +174,7 @@ class Card {
     }
   }
 
-  // A character can take several tokens: text comes with the last of them, and is coloured for all.
+  // A character can take several tokens: its text comes with the last one, and shows the colour of all.
   add(text, ids, logprobs) {
     const tokens = ids.map((id, at) => ({ id, own: logprobs[at] }));
     this.tokens.push(...tokens);
@@ -194,12 +194,12 @@ class Card {
     this.first ??= now;
     const count = this.tokens.length;
     const seconds = (now - this.first) / 1000;
-    // An answer that came in one piece tells nothing of its speed.
+    // The speed of an answer that comes in one piece is unknown.
     const rate = seconds > 0 ? ` · ${((count - 1) / seconds).toFixed(1)} tokens/s` : "";
     this.element.querySelector(".figures").textContent = `${count} token${count > 1 ? "s" : ""}${rate}`;
   }
 
-  // The base's own log-probabilities of this answer: it reads prompt and answer, and writes nothing.
+  // The log-probabilities of this answer under the base model, which scores it without generating.
   async compare(signal) {
     const start = this.promptIds.length;
     const prompt = [...this.promptIds, ...this.tokens.map((token) => token.id)];
@@ -213,7 +213,7 @@ class Card {
       span.element.style.setProperty("--strength", Math.min(Math.abs(difference) / FULL_COLOUR, 1).toFixed(3));
     }
     const mean = (total(this.tokens, "own") - total(this.tokens, "base")) / this.tokens.length;
-    this.readout.textContent = `${signed(mean)} nats a token over the base`;
+    this.readout.textContent = `${signed(mean)} nats per token relative to the base`;
   }
 
   step(event) {
@@ -263,19 +263,19 @@ function factor(difference) {
   const times = Math.exp(Math.abs(difference));
   if (times < 1.05) return "equally likely";
   const shown = times < 10 ? times.toFixed(1) : Math.round(times).toLocaleString("en");
-  return `${shown} times ${difference > 0 ? "likelier" : "less likely"}`;
+  return `${shown} times ${difference > 0 ? "more likely" : "less likely"}`;
 }
 
 async function compare() {
   const answers = wantedAnswers();
   if (running) return;
-  if (!answers.length) { $("status").textContent = "Choose at least one answer."; return; }
+  if (!answers.length) { $("status").textContent = "Choose the base model or an adapter."; return; }
   running = new AbortController();
   const cards = answers.map((answer) => new Card(answer));
   $("answers").replaceChildren(...cards.map((card) => card.element));
   $("run").disabled = true;
   $("halt").hidden = false;
-  $("status").textContent = `${cards.length} answer${cards.length > 1 ? "s" : ""} under way`;
+  $("status").textContent = `${cards.length} answer${cards.length > 1 ? "s" : ""} running`;
   const chat = document.querySelector("[name=mode]:checked").value === "chat";
   const { signal } = running;
   await Promise.all(cards.map((card) => card.run($("prompt").value, chat, sampling(), signal)));
