@@ -29,6 +29,8 @@ from graft.pretrained.convert import (
 )
 from graft.quantization.choose import (
     BITS,
+    DEFAULT_BITS,
+    DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
     choose_quantized_layers,
     quantization_settings,
@@ -50,13 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=WEIGHT_WRITERS, default="npz", help="file format of the weights")
     add("--dtype", choices=DTYPES, help="cast the weights (default: the checkpoint's own types)")
     add("-q", "--quantize", action="store_true", help="quantize the layers that mlx-lm quantizes")
-    bits, sizes = (" ".join(map(str, values)) for values in (BITS, GROUP_SIZES))
-    add("--q-bits", type=int, metavar="N", help=f"bits per weight, one of {bits} (default: 4)")
+    add(
+        "--q-bits",
+        type=int,
+        metavar="N",
+        help=f"bits per weight: {_listed(BITS)} (default: {DEFAULT_BITS})",
+    )
     add(
         "--q-group-size",
         type=int,
         metavar="N",
-        help=f"weights that share a scale and a bias, one of {sizes} (default: 64)",
+        help="number of weights that share a scale and a bias: "
+        f"{_listed(GROUP_SIZES)} (default: {DEFAULT_GROUP_SIZE})",
     )
     add(
         "--q-skip",
@@ -67,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--force", action="store_true", help="replace the model in the folder, if there is one")
     return parser
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}"
 
 
 @command

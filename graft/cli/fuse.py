@@ -19,7 +19,7 @@ from graft.errors import InputError
 from graft.exporting.fuse import MAX_GROWTH, MAX_KL, FusionResult, fuse_checked
 from graft.exporting.fused_model import Fusion
 from graft.exporting.publish import FUSED_MODEL_USAGE
-from graft.quantization.choose import BITS, WHOLE
+from graft.quantization.choose import BITS, UNQUANTIZED
 from graft.storage.atomic import check_free
 
 
@@ -80,7 +80,7 @@ def print_result(result: FusionResult, out: Path, *, named: bool) -> None:
     print(f"  top-1 agreement     {found.agreement:.2%}")
     print(f"  loss                {found.adapter_loss:.4f} and {found.fused_loss:.4f}")
     for path, bits in result.more_bits.items():
-        print(f"  {'whole' if bits == WHOLE else f'{bits} bits'}: {path}")
+        print(f"  {'whole' if bits == UNQUANTIZED else f'{bits} bits'}: {path}")
     if result.more_bits:
         print(f"layers with more bits, so as not to lose the adapter: {len(result.more_bits)}")
     if found.kl > result.max_kl:

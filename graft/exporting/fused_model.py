@@ -25,8 +25,8 @@ from graft.pretrained.base_config import BaseConfig
 from graft.pretrained.companions import copy_companions
 from graft.pretrained.folder import EMBEDDED_MODEL, find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
-from graft.quantization.choose import WHOLE, Quantization, can_quantize, settings_like
-from graft.storage.lazy_tensors import Output, read, size_bytes
+from graft.quantization.choose import UNQUANTIZED, Quantization, can_quantize, settings_like
+from graft.storage.lazy_tensors import Output, read, size_bytes, without_buffer_cache
 from graft.storage.safetensors import load_safetensors, write_safetensors
 
 import mlx.core as mx
@@ -44,7 +44,7 @@ class Fusion:
         adapter: to be folded in.
         dequantize: write whole weights.
         q_bits: bits of every quantized layer; `None` keeps the base's.
-        more_bits: bits of single layers by path, `WHOLE` for none.
+        more_bits: bits of single layers by path, `UNQUANTIZED` for none.
         prepared: files with the quantized arrays of single layers, by path.
         name: of the adapter, for messages.
     """
@@ -74,8 +74,7 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
         apply_adapter(base.model, fusion.adapter, name=fusion.name)
         _refuse_input_embeddings(base)
         before = sum(size_bytes(t) for t in base.tensors.values())
-        limit = mx.set_cache_limit(0)  # MLX would keep freed buffers of every size that occurs
-        stack.callback(mx.set_cache_limit, limit)
+        stack.enter_context(without_buffer_cache())
         config, outputs = _plan(fusion, base)
         write_safetensors(folder / WEIGHTS, outputs)
         copy_companions(place, folder)
@@ -129,7 +128,7 @@ def _target(fusion: Fusion, path: str, module: nn.Module) -> Quantization | None
     if fusion.dequantize:
         return None
     bits = fusion.more_bits.get(path, fusion.q_bits)
-    if bits == WHOLE:
+    if bits == UNQUANTIZED:
         return None
     if is_quantized(module):
         return settings_like(module, bits)

@@ -15,7 +15,7 @@ from graft.adapters.attach import lora_layers
 from graft.adapters.layer_kinds import LINEAR, kind_of
 from graft.data.batches import Batch
 from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
-from graft.quantization.choose import BITS, WHOLE, settings_like
+from graft.quantization.choose import BITS, UNQUANTIZED, settings_like
 from graft.quantization.divergence import Comparison, Sample, compare
 from graft.quantization.gptq import grams, quantize_for
 from graft.storage.safetensors import load_safetensors
@@ -33,7 +33,7 @@ class BitAllocation:
     """The layers of a fused model that differ from plain rounding at its default bits.
 
     Attributes:
-        more_bits: from path to bits; `WHOLE` leaves a layer unquantized.
+        more_bits: from path to bits; `UNQUANTIZED` leaves a layer unquantized.
         prepared: from path to a file with the layer's quantized arrays.
     """
 
@@ -113,8 +113,10 @@ class BitAllocator:
     def _raised(self, allocation: BitAllocation, chosen: Mapping[str, int]) -> BitAllocation:
         """The next allocation; only layers whose bits have changed are quantized again."""
         more = {path: bits for path, bits in chosen.items() if bits != self.bits[path]}
-        changed = {p: b for p, b in more.items() if b not in (allocation.more_bits.get(p), WHOLE)}
-        kept = {p: file for p, file in allocation.prepared.items() if more.get(p) != WHOLE}
+        changed = {
+            p: b for p, b in more.items() if b not in (allocation.more_bits.get(p), UNQUANTIZED)
+        }
+        kept = {p: file for p, file in allocation.prepared.items() if more.get(p) != UNQUANTIZED}
         return BitAllocation(more, kept | self.prepare(changed))
 
     def _kl(self) -> float:
@@ -201,7 +203,7 @@ def choose_bits(
         after = {
             path: next_bits(chosen[path])
             for path in remaining
-            if chosen[path] < WHOLE
+            if chosen[path] < UNQUANTIZED
             and remaining[path] > 0
             and _bytes(chosen[path], next_bits(chosen[path]), sizes[path]) <= room_bytes
         }
@@ -214,7 +216,8 @@ def choose_bits(
 
         best = max(after, key=gain)
         room_bytes -= _bytes(chosen[best], after[best], sizes[best])
-        remaining[best] *= 0.0 if after[best] == WHOLE else 4.0 ** (chosen[best] - after[best])
+        rounds = after[best] != UNQUANTIZED
+        remaining[best] *= 4.0 ** (chosen[best] - after[best]) if rounds else 0.0
         chosen[best] = after[best]
     return chosen
 
@@ -224,5 +227,5 @@ def _bytes(before: int, after: int, weights: int) -> float:
 
 
 def next_bits(bits: int) -> int:
-    """The next higher number of bits that MLX supports, or `WHOLE`."""
-    return next((more for more in BITS if more > bits), WHOLE)
+    """The next higher number of bits that MLX supports, or `UNQUANTIZED`."""
+    return next((more for more in BITS if more > bits), UNQUANTIZED)

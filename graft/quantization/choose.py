@@ -12,24 +12,26 @@ from graft.pretrained.module_paths import collapsed
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-# Bits that MLX can quantize to, and what stands for a layer that stays whole.
+# What MLX can quantize to.
 BITS = (2, 3, 4, 5, 6, 8)
-WHOLE = 16
 GROUP_SIZES = (32, 64, 128)
-# A head is known by Meta's name too, as in the MLX example's converter.
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
+# Means "not quantized" wherever a number of bits is chosen.
+UNQUANTIZED = 16
+# Meta's names for layers are accepted too, as in the MLX example's converter.
 META_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 
 Quantization = dict[str, Any]
 
 
 def quantization_settings(bits: int | None, group_size: int | None) -> Quantization:
-    """What config.json says of a quantized model; affine, 4 bits and groups of 64 by default.
+    """Settings of affine quantization, as config.json lists them; `None` means the default.
 
     Raises:
-        InputError: bits or group size that MLX has no kernels for.
+        InputError: MLX has no kernels for these bits or this group size.
     """
-    bits = 4 if bits is None else bits
-    group_size = 64 if group_size is None else group_size
+    bits = DEFAULT_BITS if bits is None else bits
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
     problems = []
     if bits not in BITS:
         problems.append(f"--q-bits {bits} is not supported; choose one of {_listed(BITS)}")
@@ -89,32 +91,42 @@ def _settings_or_reason(
 
 
 def _matching(patterns: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """The paths that a pattern matches: as a glob, or as one or more whole parts of the path."""
+    """The paths that a pattern matches, as a glob or as one or more whole parts of the path."""
     names = {pattern: META_NAMES.get(pattern, pattern) for pattern in patterns}
     matches = {
         pattern: [path for path in paths if fnmatchcase(path, name) or f".{name}." in f".{path}."]
         for pattern, name in names.items()
     }
-    if unmatched := [pattern for pattern, found in matches.items() if not found]:
-        there = _listed(collapsed(paths))
-        raise InputError(f"--q-skip {' '.join(unmatched)} matches no layer; there are {there}")
-    return [path for path in paths if any(path in found for found in matches.values())]
+    if unmatched := [pattern for pattern, matched in matches.items() if not matched]:
+        known = _listed(collapsed(paths))
+        raise InputError(f"--q-skip {' '.join(unmatched)} matches no layer; there are {known}")
+    return [path for path in paths if any(path in matched for matched in matches.values())]
 
 
-def settings_like(base: nn.Module, bits: int | None) -> Quantization:
-    """Group size, bits and mode of a layer that is to be quantized like its base."""
-    if not is_quantized(base):
-        return {"group_size": 64, "bits": bits or 4, "mode": "affine"}
-    same = bits is None or bits == base.bits
-    mode = base.mode if same else "affine"
-    group_size = base.group_size if base.group_size in (32, 64, 128) else 32
-    size = base.group_size if same else group_size
-    return {"group_size": size, "bits": bits or base.bits, "mode": mode}
+def settings_like(layer: nn.Module, bits: int | None) -> Quantization:
+    """Settings for quantizing a layer's weight again after a change.
+
+    Args:
+        layer: quantized or not.
+        bits: the bits to use; `None` keeps the layer's, or takes the default.
+
+    Returns:
+        The layer's own settings if the bits stay the same. Other bits may not go with its mode or
+        its group size, so they are affine and use a group size that MLX has for all bits.
+    """
+    if not is_quantized(layer):
+        return quantization_settings(bits, None)
+    if bits in (None, layer.bits):
+        return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    group_size = layer.group_size if layer.group_size in GROUP_SIZES else min(GROUP_SIZES)
+    return {"group_size": group_size, "bits": bits, "mode": "affine"}
 
 
-def can_quantize(module: nn.Module) -> bool:
-    """Whether MLX can quantize a layer in groups of 64."""
-    return hasattr(module, "to_quantized") and weight_shape(module)[-1] % 64 == 0
+def can_quantize(layer: nn.Module) -> bool:
+    """Whether MLX can quantize a layer with the default group size."""
+    if not hasattr(layer, "to_quantized"):
+        return False
+    return weight_shape(layer)[-1] % DEFAULT_GROUP_SIZE == 0
 
 
 def _listed(values: Iterable[object]) -> str:

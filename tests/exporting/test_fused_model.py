@@ -12,7 +12,7 @@ from graft.adapters.layer_kinds import FusedParts
 from graft.errors import InputError
 from graft.exporting.fused_model import Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import read_model
-from graft.quantization.choose import WHOLE
+from graft.quantization.choose import UNQUANTIZED
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,7 +107,7 @@ def test_mlx_lm_loads_a_quantized_model(
 
     base = write_model(tmp_path / "base", config, bits=4)
     _, adapter = adapted(base)
-    more_bits = {**more_bits, "lm_head": WHOLE} if more_bits else {}
+    more_bits = {**more_bits, "lm_head": UNQUANTIZED} if more_bits else {}
     found = fused(base, tmp_path / "out", adapter, more_bits=more_bits)
     theirs, _ = load_with_mlx_lm(tmp_path / "out")
     same_parameters(theirs, found)

@@ -7,7 +7,7 @@ from typing import Any
 import graft  # noqa: F401
 from graft.quantization import bit_allocation as fusion_bits
 from graft.quantization.bit_allocation import BitAllocator, choose_bits
-from graft.quantization.choose import WHOLE
+from graft.quantization.choose import UNQUANTIZED
 from graft.quantization.divergence import Comparison, Sample
 
 import pytest
@@ -28,7 +28,7 @@ def test_the_next_bits_go_where_they_save_most() -> None:
     # A bit of the large one takes a byte, and there is room for less.
     assert choose_bits(divergences, sizes, bits, budget=0.3, room_bytes=0.3)["large"] == 4
     everything = choose_bits(divergences, sizes, bits, budget=0.0)
-    assert set(everything.values()) == {WHOLE}
+    assert set(everything.values()) == {UNQUANTIZED}
 
 
 @pytest.mark.parametrize("excess", [1.001, 2, 1000])
@@ -54,6 +54,6 @@ def test_bits_are_added_until_the_limit_holds_or_every_layer_is_whole(
         return tried
 
     everything = run(enough=100)
-    assert everything[0] == {} and everything[-1] == dict.fromkeys(bits, WHOLE)
+    assert everything[0] == {} and everything[-1] == dict.fromkeys(bits, UNQUANTIZED)
     assert all(one != two for one, two in pairwise(everything))
     assert len(run(enough=1)) == 2
