@@ -1,0 +1,120 @@
+"""graft/adapters/formats/peft.py: names, options and patterns of PEFT."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import graft  # noqa: F401
+from graft.adapters.adapter import apply_adapter
+from graft.adapters.files import load_adapter
+from graft.adapters.formats.mlx_lm import write_mlx_lm
+from graft.adapters.formats.peft import write_peft
+from graft.adapters.layer_config import LayerConfig
+from graft.pretrained.base_config import BaseConfig
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from support.adapter_cases import (
+    DOWN,
+    SHAPES,
+    TOKENS,
+    K,
+    Q,
+    change,
+    embedding_adapter,
+    logits,
+    make_adapter,
+    normal,
+    refusal,
+    write,
+)
+from support.tiny import QWEN2, make_model
+
+
+def test_rslora_for_all_layers_stays_rslora_in_peft(tmp_path: Path) -> None:
+    adapter = make_adapter({Q: LayerConfig(4, 6.0, "rslora"), K: LayerConfig(8, 5.0, "rslora")})
+    again = load_adapter(write("peft", adapter, tmp_path))
+    assert again.layers == adapter.layers
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True
+
+
+def test_peft_s_names_shapes_and_configuration(tmp_path: Path) -> None:
+    folder = write("peft", make_adapter(), tmp_path)
+    tensors = mx.load(str(folder / "adapter_model.safetensors"))
+    assert tensors[f"base_model.model.{K}.lora_A.weight"].shape == (4, 64)
+    assert tensors[f"base_model.model.{K}.lora_B.weight"].shape == (32, 4)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 6)
+    assert config["target_modules"] == list(SHAPES)
+
+
+def test_a_tied_embedding_goes_through_peft_as_two_layers(tmp_path: Path) -> None:
+    adapter, base = embedding_adapter(QWEN2), BaseConfig("tiny", QWEN2)
+    assert "--model" in refusal(lambda: write_peft(adapter, tmp_path / "p"))
+    notes = write_peft(adapter, tmp_path / "p", base=base)
+    assert notes == ["model.embed_tokens is tied to the output: lm_head was given the same update"]
+    again = load_adapter(tmp_path / "p")
+    assert "lm_head" not in again.layers
+    np.testing.assert_array_equal(logits(again, QWEN2), logits(adapter, QWEN2))
+
+
+def test_an_input_embedding_alone_leaves_a_tied_output_as_it_was(tmp_path: Path) -> None:
+    # PEFT adapts a tied embedding at the input only.
+    adapter = embedding_adapter(QWEN2)
+    layers = adapter.layers | {"model.embed_tokens": LayerConfig(4, 6.0, kind="embedding-input")}
+    adapter = replace(adapter, layers=layers)
+    model = make_model(QWEN2)
+    apply_adapter(model, adapter, name="test")
+    embedding = model.model.embed_tokens
+    x = normal(1, 3, 64, seed=9)
+    assert mx.array_equal(embedding.as_linear(x), embedding.base.as_linear(x))
+    assert not mx.array_equal(embedding(TOKENS), embedding.base(TOKENS))
+    write_peft(adapter, tmp_path / "p", base=BaseConfig("tiny", QWEN2))
+    again = load_adapter(tmp_path / "p")
+    np.testing.assert_array_equal(logits(again, QWEN2), logits(adapter, QWEN2))
+    refused = refusal(lambda: write_mlx_lm(adapter, tmp_path / "m", base=BaseConfig("tiny", QWEN2)))
+    assert "model.embed_tokens" in refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"peft_type": "VERA"}, "'VERA'"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["w"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"something_new": 3}, "something_new 3"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"init_lora_weights": "olora"}, "'olora'"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_alpha": "6"}, "lora_alpha '6'"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "(a+)+$"),
+        ({"alpha_pattern": {"(": 3}}, "'('"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "q_proj"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"lora_dropout": 2}, "lora_dropout 2"),
+    ],
+)
+def test_peft_options_that_would_change_the_result_are_named(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    folder = write("peft", make_adapter(), tmp_path)
+    change(folder / "adapter_config.json", **changes)
+    assert named in refusal(lambda: load_adapter(folder))
+
+
+def test_alpha_patterns_of_peft_are_matched_as_peft_does(tmp_path: Path) -> None:
+    folder = write("peft", make_adapter(), tmp_path)
+    patterns = {r"layers\.1\.self_attn\.[a-z]_proj": 3.0, "proj": 99.0, "down_proj": 5.0}
+    change(folder / "adapter_config.json", alpha_pattern=patterns)
+    alphas = {path: setting.alpha for path, setting in load_adapter(folder).layers.items()}
+    assert alphas == {Q: 6.0, K: 3.0, DOWN: 5.0}  # "proj" is no whole part of a path
