@@ -1,7 +1,7 @@
-"""Writes a model with its adapter inside, a layer at a time.
+"""Writes a base model with an adapter fused into it, one layer at a time.
 
-A layer of the base is read, changed, quantized and written before the next, so that memory stays
-near one layer. Knows nothing of how well the result does.
+Each layer of the base model is read, fused, quantized and written before the next one, so peak
+memory stays near the size of one layer. Knows nothing about the quality of the result.
 """
 
 import tempfile
@@ -37,16 +37,16 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Fusion:
-    """What is to be fused, and how.
+    """An adapter, the model to fuse it into, and how the result is quantized.
 
     Attributes:
-        model: folder or Hub name; `None` is the embedded model.
-        adapter: to be folded in.
-        dequantize: write whole weights.
-        q_bits: bits of every quantized layer; `None` keeps the base's.
-        more_bits: bits of single layers by path, `UNQUANTIZED` for none.
-        prepared: files with the quantized arrays of single layers, by path.
-        name: of the adapter, for messages.
+        model: folder or Hub name of the base model; `None` is the embedded one.
+        adapter: the adapter.
+        dequantize: write unquantized weights.
+        q_bits: the bits of every quantized layer; `None` keeps those of the base model.
+        more_bits: from path to bits, for single layers; `UNQUANTIZED` leaves a layer unquantized.
+        prepared: from path to a file with the layer's quantized arrays, for single layers.
+        name: the adapter's name in messages.
     """
 
     model: str | None
@@ -62,28 +62,28 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
     """Write the fused model into an existing folder.
 
     Returns:
-        Bytes of the base's weights, and of the fused ones.
+        The size of the base model's weights and of the fused ones, in bytes.
 
     Raises:
-        InputError: the adapter does not fit the model, or files are at fault.
+        InputError: the adapter does not fit the model, or a file is missing or damaged.
     """
-    place = EMBEDDED_MODEL if fusion.model is None else find_folder(fusion.model)
+    source = EMBEDDED_MODEL if fusion.model is None else find_folder(fusion.model)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        base = stack.enter_context(open_base(place, scratch))
+        base = stack.enter_context(open_base(source, scratch))
         apply_adapter(base.model, fusion.adapter, name=fusion.name)
         _refuse_input_embeddings(base)
         before = sum(size_bytes(t) for t in base.tensors.values())
         stack.enter_context(without_buffer_cache())
         config, outputs = _plan(fusion, base)
         write_safetensors(folder / WEIGHTS, outputs)
-        copy_companions(place, folder)
+        copy_companions(source, folder)
         _save_config(config, folder)
     return before, sum(output.size_bytes for output in outputs)
 
 
 def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]]:
-    """The configuration of the fused model, and its tensors, made when they are written."""
+    """The fused model's configuration, and its tensors, which are computed as they are written."""
     facts = BaseConfig(fusion.model, base.config)
     halves = fusion.dequantize and facts.rotary == INTERLEAVED
     config = dict(base.config)
@@ -111,20 +111,19 @@ def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]
 def _quantization(
     quantized: Mapping[str, Quantization], layers: Mapping[str, Any], adapted: Mapping[str, Any]
 ) -> Quantization:
-    """mlx-lm's record: the most frequent settings, and by path what differs."""
+    """The quantization in mlx-lm's form: the most frequent settings, and exceptions by path."""
     counts = Counter(tuple(settings.items()) for settings in quantized.values())
     common = dict(counts.most_common(1)[0][0])
     differing = {path: s for path, s in quantized.items() if s != common}
     for path, module in layers.items():
         base = adapted[path].base if path in adapted else module
-        inside = any(path.startswith(f"{other}.") for other in adapted)
-        if hasattr(base, "to_quantized") and path not in quantized and not inside:
+        if hasattr(base, "to_quantized") and path not in quantized and not _inside(path, adapted):
             differing[path] = False  # type: ignore[assignment]
     return common | differing
 
 
 def _target(fusion: Fusion, path: str, module: nn.Module) -> Quantization | None:
-    """How a layer is quantized in the fused model; `None` for whole."""
+    """The settings to quantize a layer with in the fused model; `None` for no quantization."""
     if fusion.dequantize:
         return None
     bits = fusion.more_bits.get(path, fusion.q_bits)
@@ -136,22 +135,22 @@ def _target(fusion: Fusion, path: str, module: nn.Module) -> Quantization | None
 
 
 def _modules_in_order(base: BaseFiles) -> list[str]:
-    """Paths of the modules that have tensors, each once, in the file's order."""
+    """The paths of the modules that have tensors, each once, in the order of the file."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in base.tensors))
 
 
 @dataclass
 class _Layer:
-    """One module of the base on its way into the fused model; its arrays live while it is written.
+    """One module of the base model, to be fused; its arrays exist only while it is written.
 
     Attributes:
-        base: where it comes from.
-        path: its path.
-        module: the architecture's, with placeholders for arrays.
-        adapted: the LoRA layer over it, if there is one.
-        target: how to quantize it.
-        heads: of q and k whose rows go from interleaved to halves.
-        prepared: a file with the quantized weight, scales and biases.
+        base: the base model.
+        path: the module's path.
+        module: the module of the architecture, with placeholders for arrays.
+        adapted: the LoRA layer over the module, or `None`.
+        target: the settings to quantize the module with, or `None`.
+        heads: the number of heads, if the rows of q and k change from interleaved to halves.
+        prepared: a file with the quantized weight, scales and biases, or `None`.
     """
 
     base: BaseFiles
@@ -163,7 +162,7 @@ class _Layer:
     prepared: Path | None
 
     def outputs(self) -> list[Output]:
-        """The tensors to write; the first that is asked for makes them all."""
+        """The tensors to write; reading the first one computes them all."""
         names = [n for n in self.base.tensors if n.rpartition(".")[0] == self.path]
         kept: dict[str, mx.array] = {}
 
@@ -171,7 +170,7 @@ class _Layer:
             if first:
                 made = self._made(self._read(names))
                 if self.prepared is not None:
-                    # A model in memory may have another precision than its files.
+                    # The model in memory may have a different precision than its files.
                     prepared = load_safetensors(self.prepared)
                     made |= {n: a.astype(made[n].dtype) for n, a in prepared.items()}
                 mx.eval(list(made.values()))
@@ -193,40 +192,38 @@ class _Layer:
         return mx.zeros(tensor.shape, tensor.dtype)
 
     def _made(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """From the base's arrays, by their full names, to the fused ones by their own names."""
-        own = {name.rpartition(".")[2]: array for name, array in arrays.items()}
-        module = with_arrays(self.module, own)
+        """The fused arrays by their names in the module, from the base's arrays by full names."""
+        given = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+        module = with_arrays(self.module, given)
         if self.adapted is not None:
             module = _over(module, self.adapted).fuse(dequantize=True)
         elif not _stays(self.module, self.target):
             module = dense_layer(module)
-        found = {name: module[name] for name in (*own, "weight") if name in module}
+        fused = {name: module[name] for name in (*given, "weight") if name in module}
         if self.heads is not None:
-            found = {n: to_halves(a.T, self.heads).T for n, a in found.items()}
+            fused = {n: to_halves(a.T, self.heads).T for n, a in fused.items()}
         if self.target is not None and not is_quantized(module):
-            packed = mx.quantize(found.pop("weight"), **self.target)
-            found |= dict(zip(("weight", "scales", "biases"), packed, strict=False))
-        return found
+            packed = mx.quantize(fused.pop("weight"), **self.target)
+            fused |= dict(zip(("weight", "scales", "biases"), packed, strict=False))
+        return fused
 
 
 def _stays(module: nn.Module, target: Quantization | None) -> bool:
-    """Whether a layer that is not adapted stays quantized as it is."""
+    """Whether a layer without an adapter keeps its quantized arrays."""
     return is_quantized(module) and target == settings_like(module, None)
 
 
 def _over(base: nn.Module, layer: Any) -> Any:
-    """The adapter of a layer over the same base with other arrays.
+    """A layer's adapter over a copy of its base with other arrays.
 
-    Made anew, since some methods keep numbers of the base's weight.
+    The adapted layer is built again because some methods keep values computed from the weight.
     """
-    setting = config_of(layer)
-    kind = resolve_kind(base, setting)
+    config = config_of(layer)
+    kind = resolve_kind(base, config)
     assert kind is not None
-    twin: Any = make_layer(
-        base, setting.rank, kind=kind, method=setting.method, alpha=setting.alpha
-    )
-    twin.load(layer.tensors())
-    return twin
+    copy: Any = make_layer(base, config.rank, kind=kind, method=config.method, alpha=config.alpha)
+    copy.load(layer.tensors())
+    return copy
 
 
 def _refuse_input_embeddings(base: BaseFiles) -> None:
@@ -235,8 +232,8 @@ def _refuse_input_embeddings(base: BaseFiles) -> None:
     paths = [path for path, layer in lora_layers(base.model) if layer.kind in inputs]
     if tied and paths:
         raise InputError(
-            f"{paths[0]} is adapted at the input alone and tied to the output: one weight cannot "
-            "be both; use the adapter as it is"
+            f"{paths[0]} is adapted for the input only but shares its weight with the output: one "
+            "weight cannot be both; use the adapter without fusing it"
         )
 
 
@@ -247,14 +244,23 @@ def _save_config(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def quantized_bits(fusion: Fusion, model: nn.Module) -> dict[str, int]:
-    """Bits of the layers that are quantized anew in the fused model."""
+    """The bits of the layers that fusing quantizes, by path.
+
+    Args:
+        fusion: the adapter and how the result is quantized.
+        model: the base model with the adapter attached.
+    """
     adapted = dict(lora_layers(model))
-    found = {}
+    bits = {}
     for path, module in model.named_modules():
         base = adapted[path].base if path in adapted else module
         target = _target(fusion, path, base)
-        inside = any(path.startswith(f"{other}.") for other in adapted)
-        if target is None or inside or (path not in adapted and _stays(base, target)):
-            continue
-        found[path] = int(target["bits"])
-    return found
+        unchanged = path not in adapted and _stays(base, target)
+        if target is not None and not unchanged and not _inside(path, adapted):
+            bits[path] = int(target["bits"])
+    return bits
+
+
+def _inside(path: str, adapted: Mapping[str, Any]) -> bool:
+    """Whether a module is a child of an adapted layer."""
+    return any(path.startswith(f"{layer}.") for layer in adapted)

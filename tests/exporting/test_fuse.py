@@ -88,7 +88,7 @@ def test_layers_get_more_bits_until_the_divergence_holds(
     modules = read_model(run / "out")[0].named_modules()
     changed = [path for path, module in modules if getattr(module, "bits", 4) != 4]
     assert said and sorted(said) == sorted(changed)
-    assert f"so as not to lose the adapter: {len(said)}\n" in printed
+    assert f"to keep the adapter's effect: {len(said)}\n" in printed
 
 
 def test_a_divergence_of_nothing_ends_with_whole_layers(
@@ -96,7 +96,7 @@ def test_a_divergence_of_nothing_ends_with_whole_layers(
 ) -> None:
     assert command(run, "--max-kl", "1e-12") == 0
     printed = capsys.readouterr().out
-    assert printed.count("whole: model.layers") == 3 * 7
+    assert printed.count("not quantized: model.layers") == 3 * 7
     assert number(printed, "mean KL divergence") < 1e-5
 
 
