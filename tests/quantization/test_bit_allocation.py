@@ -12,7 +12,7 @@ from graft.quantization.divergence import Comparison, Sample
 
 import pytest
 
-from support.fusion_cases import adapter_of
+from support.fusion_cases import adapted
 from support.tiny import write_model
 
 
@@ -36,8 +36,8 @@ def test_bits_are_added_until_the_limit_holds_or_every_layer_is_whole(
     excess: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_model(tmp_path / "base", bits=4)
-    model, record, _ = adapter_of(base, "q_proj")
-    bits = dict.fromkeys(record.layers, 4)
+    model, adapter = adapted(base, "q_proj")
+    bits = dict.fromkeys(adapter.layers, 4)
     monkeypatch.setattr(fusion_bits, "layer_divergences", lambda *_: dict.fromkeys(bits, 0.1))
     monkeypatch.setattr(BitAllocator, "prepare", lambda *_: {})
     settings: dict[str, Any] = {"sample": Sample([], []), "calibration": [], "scratch": tmp_path}
