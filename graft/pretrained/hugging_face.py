@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import InputError
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import LazyTensor
 from graft.storage.npz import open_npz
 from graft.storage.safetensors import open_safetensors
@@ -47,7 +47,7 @@ def read_hugging_face_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or damaged, or the model needs code from its folder.
     """
-    config = with_rope_settings(read_json(folder / "config.json"))
+    config = with_rope_settings(read_json_file(folder / "config.json"))
     if "model_file" in config:
         raise InputError(
             f"{folder}/config.json needs {config['model_file']} to be run, which Graft does not do"
@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_index(index: Path, files: set[str]) -> None:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index} has no weight_map; fetch it again")
     if missing := sorted(set(map(str, weight_map.values())) - files):

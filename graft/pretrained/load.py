@@ -13,7 +13,7 @@ from graft.pretrained.foreign_quantization import is_foreign, load_foreign
 from graft.pretrained.mlx_names import parameters_of, sanitized
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.runtime import cpu
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import check_fit
 
 import mlx.core as mx
@@ -101,7 +101,7 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration with all ids that end a text, which generation_config.json lists."""
     file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = read_json_file(file).get("eos_token_id") if file.is_file() else None
     return config if ids is None else config | {"eos_token_id": ids}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from graft.errors import InputError
 from graft.pretrained.module_paths import natural_key
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import JoinedTensor, LazyTensor, StackedTensor
 from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_torch_file
@@ -98,7 +98,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 def _read_params(path: Path) -> dict[str, Any]:
     """The settings in params.json, checked for their types; settings of null are left out."""
-    params = {name: value for name, value in read_json(path).items() if value is not None}
+    params = {name: value for name, value in read_json_file(path).items() if value is not None}
     problems = [f"{name} is missing" for name in _REQUIRED if name not in params]
     problems += [
         f"{name} is {params[name]!r}"

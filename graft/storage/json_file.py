@@ -7,7 +7,7 @@ from typing import Any
 from graft.errors import InputError
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:

@@ -15,7 +15,7 @@ from graft.errors import InputError
 from graft.pretrained.load import build_model, load_model, read_model
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.runtime import cpu as backend
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.tensor_file import read_weight_file
 
 import mlx.core as mx
@@ -429,7 +429,7 @@ def test_a_broken_config_is_named(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("content", ["[]", "5", '"llama"', "null"])
 def test_a_config_that_is_no_object_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    assert "not a JSON object" in refusal(read_json, tmp_path / "config.json")
+    assert "not a JSON object" in refusal(read_json_file, tmp_path / "config.json")
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:

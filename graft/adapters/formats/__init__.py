@@ -14,7 +14,7 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter
 from graft.errors import InputError
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 
 RECORD_NAME = "adapter_config.json"
 
@@ -125,7 +125,7 @@ def detect_format(path: Path) -> Format:
         if format.magic and start.startswith(format.magic):
             return format
     record = path.with_name(RECORD_NAME)
-    config = read_json(record) if record.is_file() else {}
+    config = read_json_file(record) if record.is_file() else {}
     for format in FORMATS.values():
         if format.recognizes(start, config):
             return format

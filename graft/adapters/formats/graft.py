@@ -23,7 +23,7 @@ from graft.adapters.rotary import REORDERINGS
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseConfig
 from graft.storage.atomic import check_writable, new_file
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import Output
 from graft.storage.npz import write_npz
 from graft.storage.tensor_file import read_tensor_file
@@ -139,7 +139,7 @@ def read_graft(path: Path) -> Adapter:
         InputError: a file is missing or damaged, or the record does not describe the tensors.
     """
     tensors = read_tensor_file(path)
-    adapter = _from_json(read_json(path.with_name(RECORD_NAME)), tensors, path)
+    adapter = _from_json(read_json_file(path.with_name(RECORD_NAME)), tensors, path)
     if problems := _contradictions(adapter):
         raise InputError(f"{path} and its record do not agree: {'; '.join(problems)}")
     return adapter

@@ -20,7 +20,7 @@ from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINE
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseConfig
 from graft.storage.atomic import new_folder
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.tensor_file import read_tensor_file
 
 import mlx.core as mx
@@ -37,7 +37,7 @@ def read_mlx_lm(path: Path) -> Adapter:
         InputError: a file is missing or damaged, or it is neither LoRA nor DoRA.
     """
     record = path.with_name(RECORD_NAME)
-    config = read_json(record)
+    config = read_json_file(record)
     method = config.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
         raise InputError(f"{record}: fine_tune_type {method!r}: Graft reads lora and dora")

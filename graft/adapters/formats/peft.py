@@ -26,7 +26,7 @@ from graft.errors import InputError
 from graft.pretrained.architectures import HALVES
 from graft.pretrained.base_config import BaseConfig
 from graft.storage.atomic import new_folder
-from graft.storage.json_file import read_json
+from graft.storage.json_file import read_json_file
 from graft.storage.tensor_file import read_tensor_file
 
 import mlx.core as mx
@@ -67,7 +67,7 @@ def read_peft(path: Path) -> Adapter:
             options are named.
     """
     record = path.with_name(RECORD_NAME)
-    config = read_json(record)
+    config = read_json_file(record)
     _check_options(config, record)
     tensors = {n.removeprefix(_PREFIX): array for n, array in read_tensor_file(path).items()}
     pairs, unknown = paired(tensors, _SUFFIXES)
