@@ -1,1 +1,1 @@
-"""Generation for many adapters in one batch."""
+"""The engine: generates with many adapters of one base model in one batch."""

@@ -116,7 +116,7 @@ def make_factors(
     )
 
 
-def check_rank(factors: BankFactors, max_rank: int, *, name: str) -> None:
+def check_bank_rank(factors: BankFactors, max_rank: int, *, name: str) -> None:
     """Refuse an adapter whose rank is above the limit.
 
     Raises:

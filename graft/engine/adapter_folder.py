@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from graft.adapters.formats import find_file
+from graft.adapters.formats import file_patterns, find_file
 from graft.engine.engine import Engine
 from graft.errors import InputError, first_line
-
-ADAPTER_SUFFIXES = (".npz", ".safetensors", ".gguf")
 
 
 def load_all(engine: Engine, folder: str | Path | None, *, limit: int) -> list[str]:
@@ -60,7 +58,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 def _is_adapter(path: Path) -> bool:
     if path.is_file():
-        return path.suffix in ADAPTER_SUFFIXES
+        return path.suffix in {Path(pattern).suffix for pattern in file_patterns()}
     try:
         find_file(path)
     except InputError:

@@ -18,7 +18,7 @@ from typing import Any
 from graft.adapters.attach import lora_layers
 from graft.console import note
 from graft.engine.adapter_bank import AdapterBank
-from graft.engine.adapter_factors import BankFactors, check_rank, read_factors
+from graft.engine.adapter_factors import BankFactors, check_bank_rank, read_factors
 from graft.engine.errors import AdapterDoesNotFit, EngineClosed, PromptTooLong, QueueFull
 from graft.engine.loop import EngineLoop
 from graft.engine.registry import AdapterInfo, AdapterRegistry, LoadedAdapter
@@ -147,7 +147,7 @@ class Engine:
             self._adapters.reserve(name, replace=replace)
         try:
             factors = self._read(Path(path))
-            check_rank(factors, self._bank.max_rank, name=name)
+            check_bank_rank(factors, self._bank.max_rank, name=name)
             infos: list[AdapterInfo] = []
             self._loop.change_bank(self._install(name, str(path), factors, infos.append))
             return infos[0]

@@ -1,1 +1,1 @@
-"""The engine over HTTP and in a terminal."""
+"""The HTTP server: the engine behind the interfaces of OpenAI, vLLM and llama.cpp, and a page."""

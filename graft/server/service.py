@@ -95,7 +95,7 @@ def service_of(request: Request) -> Service:
     return service
 
 
-async def read_json(request: Request) -> Any:
+async def read_body(request: Request) -> Any:
     """Read a request's body as JSON.
 
     Raises:

@@ -9,7 +9,7 @@ from graft.adapters.rotary import interleave
 from graft.cli.export import main as export
 from graft.engine.adapter_factors import (
     BankFactors,
-    check_rank,
+    check_bank_rank,
     make_factors,
     read_factors,
     width_of,
@@ -135,9 +135,9 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 def test_a_rank_above_the_limit_is_told_with_it() -> None:
     model = make_model(LLAMA)
     factors = make(make_adapter(model, targets="q_proj", rank=9), model)
-    check_rank(factors, 9, name="wide")
+    check_bank_rank(factors, 9, name="wide")
     with pytest.raises(RankTooLarge, match="adapter wide has rank 9 and the limit is 8"):
-        check_rank(factors, 8, name="wide")
+        check_bank_rank(factors, 8, name="wide")
 
 
 def test_no_file_is_not_found_and_a_damaged_one_is_said_to_be(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def prompt_of(number: int, length: int) -> list[int]:
 def alone(
     model: nn.Module, prompt: Sequence[int], adapter: Adapter | None, count: int, scale: float = 1.0
 ) -> list[int]:
-    """The likeliest continuation, token by token, up to one that ends texts."""
+    """The greedy continuation by mlx-lm, up to an end token."""
     if adapter is not None:
         with attached(model, adapter, scale):
             return alone(model, prompt, None, count)
@@ -45,7 +45,7 @@ def ids_of(stream: Stream) -> list[int]:
 def wait_for(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + WAIT
     while not condition():
-        assert time.monotonic() < end, "nothing happened"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.001)
 
 

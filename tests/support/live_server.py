@@ -1,4 +1,4 @@
-"""A real server on a port of this machine, with a tiny model and random adapters."""
+"""A real server on a local port, with a tiny model and random adapters."""
 
 import http.client
 import json
@@ -43,7 +43,7 @@ def write_adapter(folder: Path, model: nn.Module, targets: str, rank: int, seed:
 
 
 class Live:
-    """A server that runs, and a plain client for it."""
+    """A running server, and a plain HTTP client for it."""
 
     def __init__(self, service: Service, port: int) -> None:
         self.service, self.port = service, port
@@ -53,17 +53,17 @@ class Live:
     def call(
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> tuple[int, dict[str, str], Any]:
-        """Status, headers (names in lower case) and content, read as JSON where it is that."""
+        """Returns status, headers (names in lower case) and content, parsed if it is JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, sent, named)
+        connection.request(method, path, content, named)
         response = connection.getresponse()
-        content = response.read()
+        received = response.read()
         connection.close()
-        told = {name.lower(): value for name, value in response.getheaders()}
-        is_json = told.get("content-type", "").startswith("application/json")
-        return response.status, told, json.loads(content) if is_json else content.decode()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        is_json = fields.get("content-type", "").startswith("application/json")
+        return response.status, fields, json.loads(received) if is_json else received.decode()
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         status, _, content = self.call("POST", path, body, **headers)
@@ -74,7 +74,7 @@ class Live:
         return status, content
 
     def connect(self, path: str, body: Any) -> socket.socket:
-        """Send a request and leave its answer unread."""
+        """Send a request without reading the response."""
         sent = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(sent)}\r\n\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
@@ -82,10 +82,10 @@ class Live:
         return connection
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
-        """Wait for what another thread does."""
+        """Wait until another thread has made a condition true."""
         end = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < end, "it did not happen"
+            assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.005)
 
     def idle(self) -> bool:
@@ -101,7 +101,7 @@ def serve(
     engine_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[Live]:
-    """Serve a tiny model with adapters, loaded from `folder/adapters` by their names."""
+    """Serve a tiny model with adapters from `folder/adapters`."""
     model, tokenizer, _ = load_model(write_model(folder / "model", LLAMA))
     place = folder / "adapters"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""Tiny adapters for one base, and what the base gives with one attached in the plain way."""
+"""Tiny adapters for a base model, and its logits with one attached as for training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from graft.adapters.targets import plan
 import mlx.core as mx
 import mlx.nn as nn
 
-# Of different ranks and targets, one of them for the output and one for a single layer.
+# Different ranks and targets, among them the output layer and a single layer.
 PLANS: dict[str, dict[str, Any]] = {
     "one": {"targets": "all-linear", "rank": 1},
     "two": {"targets": "q_proj,v_proj", "rank": 2},
@@ -27,7 +27,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 def make_adapter(model: nn.Module, *, seed: int = 0, **settings: Any) -> Adapter:
-    """An adapter whose update is not zero, and small enough to leave logits about as large."""
+    """An adapter with a nonzero update that leaves the logits about as large."""
     attach(model, plan(model, **settings), seed=seed)
     for number, (_, layer) in enumerate(lora_layers(model)):
         tensors = layer.tensors()
@@ -41,7 +41,7 @@ def make_adapter(model: nn.Module, *, seed: int = 0, **settings: Any) -> Adapter
 
 
 def write_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
-    """Each of `PLANS` in a folder of its own; returns those by name."""
+    """Write each adapter of `PLANS` to a folder; returns the folders by name."""
     paths = {}
     for seed, (name, settings) in enumerate(PLANS.items()):
         paths[name] = write(folder / name, make_adapter(model, seed=seed, **settings))
@@ -68,7 +68,7 @@ def attached(model: nn.Module, adapter: Adapter, scale: float = 1.0) -> Iterator
 def logits_with(
     model: nn.Module, tokens: mx.array, adapter: Adapter | None, scale: float = 1.0
 ) -> mx.array:
-    """What the model gives for `tokens` with an adapter attached, or without one."""
+    """The logits of `tokens` with an adapter attached, or without one."""
     if adapter is None:
         logits = model(tokens)
         mx.eval(logits)

@@ -1,4 +1,4 @@
-"""Clients of every kind at once: right, wrong, impatient, and loading all the while."""
+"""A soak test: valid, malformed and impatient clients at once, while adapters come and go."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ ADAPTERS = {
     "three": ("all-linear", 8),
     "four": ("mlp.up_proj,mlp.down_proj", 16),
 }
-# Loaded and unloaded while it lasts; of the same folder as the one above.
+# Loaded and unloaded during the test, from the same folder as the adapter above.
 COMING = {f"coming-{name}": name for name in ("one", "three")}
 PROMPTS = ("The quick brown fox", "def relu(x):", "Applies the", "日本語 and 🙂")
 LENGTHS = (1, 7, 24)
@@ -45,12 +45,12 @@ class Soak:
     """A server and its clients.
 
     Args:
-        folder: to work in.
-        seed: of everything random.
+        folder: folder for the model and adapters.
+        seed: seed of all random choices.
 
     Attributes:
-        problems: answers that were wrong.
-        done: how many requests of each kind.
+        problems: wrong responses.
+        done: number of requests of each kind.
     """
 
     PROMPT_CACHE_BYTES = 1 << 18
@@ -82,7 +82,7 @@ class Soak:
         self._stack.close()
 
     def work(self, requests: int) -> None:
-        """Send so many requests, eight at a time, and wait until the engine is idle."""
+        """Send requests, eight at a time, and wait until the engine is idle."""
         kinds = self._random.choices(self.KINDS, self.WEIGHTS, k=requests)
         seeds = [self._random.random() for _ in kinds]
         with ThreadPoolExecutor(8) as pool:
@@ -90,7 +90,7 @@ class Soak:
         self.live.wait_until(self.live.idle)
 
     def memory(self) -> int:
-        """Bytes that MLX holds, once adapters that come and go are gone."""
+        """Bytes in use by MLX after unloading the adapters that come and go."""
         for name in COMING:
             self._post("/v1/unload_lora_adapter?wait=true", {"lora_name": name})
         gc.collect()
@@ -98,14 +98,14 @@ class Soak:
         return mx.get_active_memory()
 
     def threads_left(self) -> list[threading.Thread]:
-        """Threads that there were not before, those aside that end within some seconds."""
+        """Threads started since the beginning that do not end within some seconds."""
         left = [thread for thread in threading.enumerate() if thread not in self._before]
         for thread in left:
             thread.join(5)
         return [thread for thread in left if thread.is_alive()]
 
     def _answer_all(self) -> dict[tuple[str, str, float, int], str]:
-        """What each request has to get, computed alone."""
+        """The expected answer to each request, computed alone."""
         return {
             (prompt, name, scale, length): self.live.engine.generate(
                 prompt, adapters={name: scale} if name else {}, max_tokens=length
@@ -136,7 +136,7 @@ class Soak:
             self._blame(f"{what}: {found!r} is not {expected!r}")
 
     def _choose(self, chance: random.Random) -> tuple[dict[str, Any], str]:
-        """A request and its answer."""
+        """A random request and its expected answer."""
         prompt, name = chance.choice(PROMPTS), chance.choice(["", *ADAPTERS])
         scale = chance.choice(SCALES) if name else 1.0
         length = chance.choice(LENGTHS)
@@ -211,7 +211,7 @@ class Soak:
             self._expect("unload's error", content["error"]["code"], status)
 
     def _coming(self, chance: random.Random) -> None:
-        """An adapter that may be there or not: its own answer or a 404, never the base's."""
+        """Name an adapter that may not be loaded: its answer or a 404, never the base model's."""
         name, prompt, length = chance.choice(list(COMING)), chance.choice(PROMPTS), LENGTHS[1]
         body = {"prompt": prompt, "model": name, "max_tokens": length, "temperature": 0}
         status, content = self._post("/v1/completions", body)

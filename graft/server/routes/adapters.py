@@ -7,7 +7,7 @@ from graft.server.errors import LLAMA_CPP_ERRORS, VLLM_ERRORS, HttpError
 from graft.server.fields import BOOLEAN, LORA, NAME, check_fields, is_lora
 from graft.server.requests import lora_scales
 from graft.server.routes import route
-from graft.server.service import Service, read_json, service_of
+from graft.server.service import Service, read_body, service_of
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -23,7 +23,7 @@ async def load_lora_adapter(request: Request) -> Response:
     """Load or replace an adapter, as vLLM does."""
     service = service_of(request)
     _check_allowed(service)
-    body = _without_ignored(await read_json(request))
+    body = _without_ignored(await read_body(request))
     if isinstance(body, dict) and not (body.get("lora_name") and body.get("lora_path")):
         raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.")
     given = check_fields(body, LOAD, required=("lora_name", "lora_path"))
@@ -39,7 +39,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     """Unload an adapter, as vLLM does; `?wait=true` waits for the requests that use it."""
     service = service_of(request)
     _check_allowed(service)
-    body = _without_ignored(await read_json(request))
+    body = _without_ignored(await read_body(request))
     if isinstance(body, dict) and not body.get("lora_name"):
         raise HttpError(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
     name = check_fields(body, UNLOAD, required=("lora_name",))["lora_name"]
@@ -75,7 +75,7 @@ async def list_lora_adapters(request: Request) -> Response:
 async def scale_lora_adapters(request: Request) -> Response:
     """Set the default scales, as llama.cpp does; adapters left out get 0."""
     service = service_of(request)
-    body = await read_json(request)
+    body = await read_body(request)
     if not isinstance(body, list):
         raise HttpError(400, "Request body must be an array")
     if not is_lora(body):

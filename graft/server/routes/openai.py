@@ -27,7 +27,7 @@ from graft.server.responses import (
     usage_chunk,
 )
 from graft.server.routes import route
-from graft.server.service import Service, StreamReader, read_json, service_of
+from graft.server.service import Service, StreamReader, read_body, service_of
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -57,14 +57,14 @@ async def model(request: Request) -> Response:
 @route("POST", "/v1/completions")
 async def completions(request: Request) -> Response:
     """Continue a prompt."""
-    wanted = parse_completion(await read_json(request))
+    wanted = parse_completion(await read_body(request))
     return await _generate(request, wanted, CompletionFormat())
 
 
 @route("POST", "/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a chat."""
-    wanted = parse_chat(await read_json(request))
+    wanted = parse_chat(await read_body(request))
     return await _generate(request, wanted, ChatCompletionFormat())
 
 

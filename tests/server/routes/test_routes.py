@@ -1,11 +1,18 @@
 """Each route is declared once, and everything else reads the declaration."""
 
 import re
+from pathlib import Path
 
+from graft.server import routes
 from graft.server.errors import LLAMA_CPP_ERRORS, OPENAI_ERRORS, VLLM_ERRORS
 from graft.server.routes import all_routes
 from graft.server.routes.page import PAGE
 
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from support.live_server import KEY, serve
 from support.paths import ROOT
 
 ROUTES = {(route.method, route.path): route for route in all_routes()}
@@ -43,3 +50,18 @@ def test_the_page_calls_routes_that_exist() -> None:
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     called = set(re.findall(r'"(v1/[\w/]+)"', script))
     assert called and {f"/{path}" for path in called} <= PATHS
+
+
+def test_a_route_is_one_marked_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "_ROUTES", all_routes())
+
+    @routes.route("GET", "/v1/toy", errors=VLLM_ERRORS)
+    async def toy(request: Request) -> Response:
+        return JSONResponse({"path": request.url.path})
+
+    with serve(tmp_path, api_key=KEY, adapters={}) as live:
+        status, content = live.get("/v1/toy")
+        assert (status, content["error"]["type"]) == (401, "AuthenticationError")
+        assert live.get("/v1/toy", Authorization=f"Bearer {KEY}") == (200, {"path": "/v1/toy"})
+        counted = live.get("/metrics", Authorization=f"Bearer {KEY}")[1]
+        assert 'graft_http_responses_total{path="/v1/toy",status="200"} 1' in counted
