@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graft.cli.command import Parser, command
-from graft.cli.merge import OUT_HELP, check_rank, print_losses
+from graft.cli.merge import OUT_HELP, check_rank_option, print_losses
 from graft.cli.publishing import FORCE_HELP
 from graft.exporting.adapter import export
 from graft.exporting.extract import extract
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract an adapter, and print what the rank lost."""
     args = build_parser().parse_args(argv)
-    check_rank(args.rank)
+    check_rank_option(args.rank)
     adapter, losses, notes = extract(args.base, args.tuned, rank=args.rank)
     export(adapter, Path(args.out), force=args.force)
     print_losses(args.out, adapter, losses, always=True)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     method = MERGE_METHODS[args.method]
     weights = _parse_weights(args.weights, len(args.adapters), method)
-    check_rank(args.rank)
+    check_rank_option(args.rank)
     if args.rank is None and method.needs_rank:
         raise InputError(f"{args.method} needs --rank; cat is the same at the sum of the ranks")
     if not 0 < args.density <= 1:
@@ -90,7 +90,7 @@ def _parse_weights(text: str | None, count: int, method: MergeMethod) -> list[fl
     return weights
 
 
-def check_rank(rank: int | None) -> None:
+def check_rank_option(rank: int | None) -> None:
     """Refuse a rank below 1.
 
     Raises:

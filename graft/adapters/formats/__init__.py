@@ -1,8 +1,7 @@
 """Adapter formats: each module of this folder reads, writes and describes one tool's files.
 
-A module defines `FORMAT`, and that is all that registers it: `--to`, `graft inspect`, the readers
-and the model card follow from the records. Every reader returns an `Adapter` and every writer
-takes one.
+A module calls `register_format`, and that is all: `--to`, `graft inspect`, the readers and the
+model card follow from `FORMATS`. Every reader returns an `Adapter` and every writer takes one.
 """
 
 import importlib
@@ -69,10 +68,24 @@ class Format:
     embedded_by_default: bool = False
 
 
-def _load_formats() -> dict[str, Format]:
-    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    formats = [importlib.import_module(f"{__name__}.{name}").FORMAT for name in modules]
-    return {format.name: format for format in formats}
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(format: Format) -> None:
+    """Make a format available, for `--to` and to the readers.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if format.name in FORMATS:
+        raise ValueError(f"format {format.name!r} is registered already")
+    FORMATS[format.name] = format
+
+
+def import_formats() -> None:
+    """Import the modules of this folder, which registers their formats."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{name}")
 
 
 def writable_formats() -> dict[str, Format]:
@@ -134,4 +147,4 @@ def detect_format(path: Path) -> Format:
     raise InputError(f"{record} describes no adapter that Graft knows: {', '.join(FORMATS)}")
 
 
-FORMATS = _load_formats()
+import_formats()

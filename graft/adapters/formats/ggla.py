@@ -11,7 +11,7 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter
 from graft.adapters.factors import Factors, from_factors, paired
-from graft.adapters.formats import Format
+from graft.adapters.formats import Format, register_format
 from graft.adapters.formats.gguf import to_mlx_name
 from graft.adapters.formats.npz import new_name
 from graft.adapters.layer_kinds import LINEAR
@@ -81,9 +81,11 @@ def _read_tensors(content: memoryview) -> dict[str, mx.array]:
     return tensors
 
 
-FORMAT = Format(
-    name="ggla",
-    files=("ggml-adapter-model.bin",),
-    magic=_MAGIC,
-    read=lambda path, alpha: read_ggla(path),
+register_format(
+    Format(
+        name="ggla",
+        files=("ggml-adapter-model.bin",),
+        magic=_MAGIC,
+        read=lambda path, alpha: read_ggla(path),
+    )
 )

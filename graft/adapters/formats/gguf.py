@@ -15,7 +15,7 @@ from pathlib import Path
 
 from graft.adapters.adapter import Adapter, reordered
 from graft.adapters.factors import Factors, factors_of, from_factors, from_matrices, paired
-from graft.adapters.formats import Format, Usage
+from graft.adapters.formats import Format, Usage, register_format
 from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINEAR
 from graft.errors import InputError
 from graft.pretrained.architectures import (
@@ -193,21 +193,23 @@ def _to_llama_cpp(factors: Factors) -> tuple[mx.array, mx.array]:
     return a if factors.kind.takes_ids else a.swapaxes(-1, -2), b.swapaxes(-1, -2)
 
 
-FORMAT = Format(
-    name="gguf",
-    files=("*.gguf",),
-    suffix=".gguf",
-    magic=GGUF_MAGIC,
-    read=lambda path, alpha: read_gguf(path),
-    write=write_gguf,
-    usage=Usage(
-        "llama.cpp",
-        "gguf",
-        """\
+register_format(
+    Format(
+        name="gguf",
+        files=("*.gguf",),
+        suffix=".gguf",
+        magic=GGUF_MAGIC,
+        read=lambda path, alpha: read_gguf(path),
+        write=write_gguf,
+        usage=Usage(
+            "llama.cpp",
+            "gguf",
+            """\
 ```console
 $ llama-cli -m base.gguf --lora {file} -p "Hello"
 ```
 
 where `base.gguf` is {base} in GGUF.""",
-    ),
+        ),
+    )
 )

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.adapter import Adapter, is_dropout
-from graft.adapters.formats import RECORD_NAME, Format, Usage
+from graft.adapters.factors import recorded_kind
+from graft.adapters.formats import RECORD_NAME, Format, Usage, register_format
 from graft.adapters.layer_config import LayerConfig
-from graft.adapters.layer_kinds import FusedParts
+from graft.adapters.layer_kinds import WEIGHT, FusedParts
 from graft.adapters.methods import METHODS, stored_rank
 from graft.adapters.rotary import REORDERINGS
 from graft.errors import InputError
@@ -32,7 +33,7 @@ import mlx.core as mx
 
 FORMAT_VERSION = 1
 # The first is the one that is written into a folder.
-ADAPTER_SUFFIXES = (".npz", ".safetensors")
+_WRITTEN_SUFFIXES = (".npz", ".safetensors")
 
 
 def check_suffix(path: Path) -> None:
@@ -41,8 +42,8 @@ def check_suffix(path: Path) -> None:
     Raises:
         InputError: the suffix is neither .npz nor .safetensors.
     """
-    if path.suffix not in ADAPTER_SUFFIXES:
-        suffixes = " or ".join(ADAPTER_SUFFIXES)
+    if path.suffix not in _WRITTEN_SUFFIXES:
+        suffixes = " or ".join(_WRITTEN_SUFFIXES)
         raise InputError(f"adapter file {path}: the name must end in {suffixes}")
 
 
@@ -81,7 +82,7 @@ def export_adapter(
     Raises:
         InputError: the file exists and `force` is false, or it cannot be written.
     """
-    file = out if out.suffix in ADAPTER_SUFFIXES else out / f"adapters{ADAPTER_SUFFIXES[0]}"
+    file = out if out.suffix in _WRITTEN_SUFFIXES else out / f"adapters{_WRITTEN_SUFFIXES[0]}"
     if file.exists() and not force:
         raise InputError(f"{file} exists; name another path, or add --force to replace it")
     check_writable(file)
@@ -113,12 +114,12 @@ def _for_mlx_lm(adapter: Adapter) -> dict[str, Any]:
     instead of computing something else.
     """
     configs = adapter.layers.values()
-    methods = {config.method for config in configs}
+    dora = bool(configs) and all(METHODS[config.method].has_magnitude for config in configs)
     scales = {config.scale for config in configs}
     if len(scales) > 1:
         return {}
     return {
-        "fine_tune_type": "dora" if methods == {"dora"} else "lora",
+        "fine_tune_type": "dora" if dora else "lora",
         "num_layers": 0,
         "lora_parameters": {
             "rank": max((stored_rank(c.method, c.rank) for c in configs), default=0),
@@ -204,12 +205,13 @@ def _layer_contradictions(
 ) -> list[str]:
     if config.rank < 1 or not math.isfinite(config.alpha):
         return [f"{path} has rank {config.rank} and alpha {config.alpha}"]
-    low_rank = METHODS[config.method].low_rank and config.kind != "vector"
+    kind = recorded_kind(path, config, tensors.get("lora_a"))
+    low_rank = METHODS[config.method].low_rank and kind.ranked
     needed = ("lora_a", "lora_b") if low_rank else ()
     missing = [f"{path}.{half} is missing" for half in needed if half not in tensors]
     if missing or not tensors:
         return missing or [f"{path} has no tensors"]
-    if not low_rank or config.parts is not None or config.kind == "weight":
+    if not low_rank or config.parts is not None or kind is WEIGHT:
         return []
     a, b, rank = tensors["lora_a"], tensors["lora_b"], stored_rank(config.method, config.rank)
     if a.ndim == b.ndim == 2 and not a.shape[1] == b.shape[0] == rank:
@@ -217,21 +219,23 @@ def _layer_contradictions(
     return []
 
 
-FORMAT = Format(
-    name="graft",
-    aliases=("npz",),
-    files=("adapters.safetensors", "adapters.npz"),
-    companions=(RECORD_NAME,),
-    embedded_by_default=True,
-    recognizes=lambda start, config: "format" in config,
-    read=lambda path, alpha: read_graft(path),
-    write=export_adapter,
-    usage=Usage(
-        "Graft",
-        "mlx",
-        """\
+register_format(
+    Format(
+        name="graft",
+        aliases=("npz",),
+        files=("adapters.safetensors", "adapters.npz"),
+        companions=(RECORD_NAME,),
+        embedded_by_default=True,
+        recognizes=lambda start, config: "format" in config,
+        read=lambda path, alpha: read_graft(path),
+        write=export_adapter,
+        usage=Usage(
+            "Graft",
+            "mlx",
+            """\
 ```console
 $ python lora.py --model {base} --adapter-file {name} --prompt "Hello"
 ```""",
-    ),
+        ),
+    )
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter, is_dropout, reordered
 from graft.adapters.factors import Factors, factors_at_scale, factors_of, from_factors, paired
-from graft.adapters.formats import RECORD_NAME, Format, Usage
+from graft.adapters.formats import RECORD_NAME, Format, Usage, register_format
 from graft.adapters.layer_kinds import EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINEAR
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseConfig
@@ -138,24 +138,26 @@ def _check_embeddings(factors: Mapping[str, Factors], base: BaseConfig | None) -
         raise InputError(f"mlx-lm adapts the output with a tied embedding: {inputs[0]}; {hint}")
 
 
-FORMAT = Format(
-    name="mlx-lm",
-    files=(_TENSORS,),
-    recognizes=lambda start, config: (
-        not start.startswith(b"PK")
-        and not {"format", "peft_type"} & config.keys()
-        and ("fine_tune_type" in config or "lora_parameters" in config)
-    ),
-    read=lambda path, alpha: read_mlx_lm(path),
-    write=write_mlx_lm,
-    usage=Usage(
-        "mlx-lm",
-        "mlx",
-        """\
+register_format(
+    Format(
+        name="mlx-lm",
+        files=(_TENSORS,),
+        recognizes=lambda start, config: (
+            not start.startswith(b"PK")
+            and not {"format", "peft_type"} & config.keys()
+            and ("fine_tune_type" in config or "lora_parameters" in config)
+        ),
+        read=lambda path, alpha: read_mlx_lm(path),
+        write=write_mlx_lm,
+        usage=Usage(
+            "mlx-lm",
+            "mlx",
+            """\
 ```console
 $ mlx_lm.generate --model {base} --adapter-path {folder} --prompt "Hello"
 ```
 
 where `{folder}` is a copy of this repository (`hf download {name} --local-dir {folder}`).""",
-    ),
+        ),
+    )
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from graft.adapters.adapter import Adapter
 from graft.adapters.factors import factors_at_scale, from_factors, paired
-from graft.adapters.formats import Format
+from graft.adapters.formats import Format, register_format
 from graft.errors import InputError
 from graft.pretrained.architectures import INTERLEAVED
 from graft.storage.tensor_file import read_tensor_file
@@ -74,12 +74,14 @@ def new_name(name: str) -> str:
     return name
 
 
-FORMAT = Format(
-    name="npz",
-    files=("adapters.npz",),
-    # Other formats' zip files have a record beside them.
-    recognizes=lambda start, config: (
-        start.startswith(b"PK") and not {"format", "peft_type"} & config.keys()
-    ),
-    read=lambda path, alpha: read_npz(path, alpha=alpha),
+register_format(
+    Format(
+        name="npz",
+        files=("adapters.npz",),
+        # Other formats' zip files have a record beside them.
+        recognizes=lambda start, config: (
+            start.startswith(b"PK") and not {"format", "peft_type"} & config.keys()
+        ),
+        read=lambda path, alpha: read_npz(path, alpha=alpha),
+    )
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter, is_dropout, reordered
 from graft.adapters.factors import Factors, factors_of, from_factors, paired
-from graft.adapters.formats import RECORD_NAME, Format, Usage
+from graft.adapters.formats import RECORD_NAME, Format, Usage, register_format
 from graft.adapters.layer_kinds import (
     CONV,
     EMBEDDING,
@@ -286,16 +286,17 @@ def _untied(
     return factors | {"lm_head": head}, [note]
 
 
-FORMAT = Format(
-    name="peft",
-    files=(_TENSORS, _OLD_TENSORS),
-    recognizes=lambda start, config: "peft_type" in config and "format" not in config,
-    read=lambda path, alpha: read_peft(path),
-    write=write_peft,
-    usage=Usage(
-        "PEFT",
-        "peft",
-        """\
+register_format(
+    Format(
+        name="peft",
+        files=(_TENSORS, _OLD_TENSORS),
+        recognizes=lambda start, config: "peft_type" in config and "format" not in config,
+        read=lambda path, alpha: read_peft(path),
+        write=write_peft,
+        usage=Usage(
+            "PEFT",
+            "peft",
+            """\
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -303,5 +304,6 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{name}")
 ```""",
-    ),
+        ),
+    )
 )

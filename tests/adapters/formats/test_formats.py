@@ -292,7 +292,7 @@ def test_a_file_is_recognized_by_one_format_alone(form: str, tmp_path: Path) -> 
 TOY = """
 import json
 from graft.adapters.adapter import Adapter
-from graft.adapters.formats import Format, Usage
+from graft.adapters.formats import Format, Usage, register_format
 from graft.adapters.layer_config import LayerConfig
 import mlx.core as mx
 
@@ -305,9 +305,11 @@ def read_toy(path, alpha):
     layers = {n.rpartition(".")[0]: LayerConfig(4, alpha or 4.0) for n in tensors}
     return Adapter(tensors, layers)
 
-FORMAT = Format(
-    name="toy", files=("*.toy",), magic=b"TOY!", read=read_toy, write=write_toy, suffix=".toy",
-    usage=Usage("Toy", "toy", "run {file}"),
+register_format(
+    Format(
+        name="toy", files=("*.toy",), magic=b"TOY!", read=read_toy, write=write_toy,
+        suffix=".toy", usage=Usage("Toy", "toy", "run {file}"),
+    )
 )
 """
 
@@ -315,7 +317,8 @@ FORMAT = Format(
 def test_a_new_format_takes_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
-    monkeypatch.setattr(formats, "FORMATS", formats._load_formats())
+    monkeypatch.setattr(formats, "FORMATS", dict(FORMATS))
+    formats.import_formats()
     adapter = make_adapter()
     assert export(adapter, tmp_path / "a.toy", to="toy") == ["written as text"]
     again = load_adapter(tmp_path, alpha=6.0)
