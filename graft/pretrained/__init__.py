@@ -1,1 +1,1 @@
-"""Base models and tokenizers: found, opened, loaded."""
+"""Base models and tokenizers: finding, opening, converting and loading them."""

@@ -1,7 +1,7 @@
-"""The files that go along with weights: the tokenizer's and a few more, never code.
+"""Lists the files that are copied along with weights: the tokenizer's and a few more, never code.
 
-This is the only list. Whatever else is in a model's folder (notes, data, a run's records) stays
-there when the model is downloaded, converted or fused.
+This is the only such list. Whatever else is in a model's folder (notes, data, records of a run)
+stays there when the model is converted or fused.
 """
 
 import shutil

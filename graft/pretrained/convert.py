@@ -1,7 +1,7 @@
-"""Writes a checkpoint as a model folder of MLX's, a few rows at a time.
+"""Converts a checkpoint to an MLX model folder, a few rows at a time.
 
-The tensors stay on disk under mlx-lm's names. For each a plan says how it is cast or quantized, and
-a writer asks for a few megabytes at a time, so memory stays far below the model's size.
+Tensors are read, cast or quantized, and written in blocks of a few megabytes, so memory stays far
+below the model's size. Which layers are quantized is up to the caller.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,10 +89,15 @@ class Conversion:
 
 
 def open_source_model(torch_path: str | Path | None, hf_path: str | Path | None) -> SourceModel:
-    """Find the configuration and the tensors of a checkpoint; no weight is read yet.
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        torch_path: a folder in Meta's layout.
+        hf_path: a folder in Hugging Face's layout, or owner/name on the Hub.
 
     Raises:
-        InputError: not one of both is given, or the checkpoint is missing, incomplete or damaged.
+        InputError: not exactly one of the two is given, or the checkpoint is missing, incomplete or
+            damaged.
     """
     if (torch_path is None) == (hf_path is None):
         raise InputError("give one of --torch-path (Meta's layout) and --hf-path (Hugging Face's)")
@@ -108,7 +113,7 @@ def open_source_model(torch_path: str | Path | None, hf_path: str | Path | None)
     if has_hugging_face_layout(folder):
         raise InputError(f"{folder} has Hugging Face's layout; use --hf-path {folder}")
     config, tensors = open_meta_folder(folder)
-    # Meta's own download keeps one tokenizer beside the folders of all sizes.
+    # Meta's download has one tokenizer next to the folders of all sizes.
     tokenizer = find_tokenizer(folder, fallback=folder.parent / "tokenizer.model")
     return SourceModel(folder, config, tensors, tokenizer)
 
@@ -161,13 +166,13 @@ def plan_outputs(
     layers: Mapping[str, dict[str, Any]],
     dtype: mx.Dtype | None,
 ) -> list[Output]:
-    """What to write for each tensor. Empties `tensors`, so that what is written can be let go.
+    """The tensors to write. Empties `tensors`, so that each is freed once it is written.
 
     Args:
-        model: the architecture; it may keep some tensors from being cast.
+        model: the architecture; it may exempt tensors from casting.
         tensors: under mlx-lm's names.
         layers: settings of the layers to quantize, by path.
-        dtype: to cast to, or `None` to keep what there is.
+        dtype: to cast to; `None` keeps each tensor's type.
     """
     castable = getattr(model, "cast_predicate", None) or (lambda name: True)
     outputs: list[Output] = []
@@ -177,7 +182,7 @@ def plan_outputs(
         if mx.issubdtype(target, mx.floating) and dtype is not None and castable(name):
             target = dtype
         elif target == mx.float64:
-            target = mx.float32  # MLX computes in float64 on the CPU only.
+            target = mx.float32  # MLX computes with float64 on the CPU only
         path, _, kind = name.rpartition(".")
         if path in layers and kind == "weight":
             outputs += _quantized_outputs(path, tensor, target, layers[path])
@@ -194,12 +199,12 @@ def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> Iterator[mx.array]:
 def _quantized_outputs(
     path: str, tensor: LazyTensor, dtype: mx.Dtype, settings: dict[str, Any]
 ) -> list[Output]:
-    """A layer's packed weight, scales and biases; groups lie within rows, so blocks of rows do."""
+    """A layer's packed weight, scales and biases, made block by block: groups lie within rows."""
 
     def pack(block: mx.array) -> Sequence[mx.array]:
         return mx.quantize(block, **settings)
 
-    # Written after the weight, which fills them as it goes.
+    # The scales and biases are written after the weight, and made along with it.
     names = ("weight", "scales", "biases")
     kept: dict[str, list[mx.array]] = {name: [] for name in names}
 

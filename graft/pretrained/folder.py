@@ -1,7 +1,6 @@
-"""Model folders: finds them, here or on the Hub, and opens them whatever their layout.
+"""Finds model folders, on this machine or on the Hub, and opens them in either layout.
 
-There are two layouts: Meta's, with params.json, and Hugging Face's, with config.json, which is also
-the layout of what `convert.py` writes.
+Meta's layout has params.json; Hugging Face's has config.json, and so has what `convert.py` writes.
 """
 
 from collections.abc import Sequence

@@ -74,7 +74,7 @@ def fit_tensors(
         config, tensors = open_foreign(folder, config)
     model = build_model(config)
     parameters = sum(array.size for array in parameters_of(model).values())
-    tensors, notes = under_mlx_names(model, tensors, staged, place=str(folder))
+    tensors, notes = under_mlx_names(model, tensors, staged, source=str(folder))
     if "quantization" in config:
         quantize_as_saved(model, config["quantization"], cast(Any, tensors))
     check_fit(parameters_of(model), tensors, str(folder))

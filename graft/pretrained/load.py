@@ -49,7 +49,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     config = _with_end_tokens(config, folder)
     if is_foreign(config):
         model, config = load_foreign(folder, config)
-        return _made_ready(model), config
+        return _ready(model), config
     model = build_model(config)
     weights = sanitized(model, weights, str(folder))
     if "quantization" in config:
@@ -57,7 +57,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     check_fit(parameters_of(model), weights, str(folder))
     model.load_weights(list(weights.items()))
     try:
-        return _made_ready(model), config
+        return _ready(model), config
     except RuntimeError as error:  # for example out of memory
         raise InputError(f"cannot load the weights in {folder}: {first_line(error)}") from error
 
@@ -105,7 +105,7 @@ def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return config if ids is None else config | {"eos_token_id": ids}
 
 
-def _made_ready(model: nn.Module) -> nn.Module:
+def _ready(model: nn.Module) -> nn.Module:
     cpu.suit_backend(model)
     model.eval()
     mx.eval(model.parameters())

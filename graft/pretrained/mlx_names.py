@@ -24,7 +24,7 @@ def parameters_of(model: nn.Module) -> dict[str, mx.array]:
 
 
 def under_mlx_names(
-    model: nn.Module, tensors: dict[str, LazyTensor], scratch: Path, *, place: str
+    model: nn.Module, tensors: dict[str, LazyTensor], scratch: Path, *, source: str
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Rename, drop and combine tensors as the architecture's `sanitize` in mlx-lm does.
 
@@ -36,7 +36,7 @@ def under_mlx_names(
         model: the architecture.
         tensors: the checkpoint's, by name.
         scratch: a file for a copy of the checkpoint that MLX can read, written if one is needed.
-        place: the checkpoint, for messages.
+        source: the checkpoint, for messages.
 
     Returns:
         The tensors under mlx-lm's names, and a note if some are not used.
@@ -46,7 +46,7 @@ def under_mlx_names(
     """
     empty = {name: mx.zeros(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     origin = {id(array): name for name, array in empty.items()}
-    renamed = sanitized(model, empty, place)
+    renamed = sanitized(model, empty, source)
     if all(id(array) in origin for array in renamed.values()):
         kept = {name: origin[id(array)] for name, array in renamed.items()}
         dropped = sorted(set(tensors) - set(kept.values()))
@@ -58,17 +58,17 @@ def under_mlx_names(
     origin = {id(array): name for name, array in unread.items()}
     return {
         name: tensors[origin[id(array)]] if id(array) in origin else ComputedTensor(array)
-        for name, array in sanitized(model, unread, place).items()
+        for name, array in sanitized(model, unread, source).items()
     }, []
 
 
-def sanitized(model: nn.Module, arrays: dict[str, mx.array], place: str) -> dict[str, mx.array]:
+def sanitized(model: nn.Module, arrays: dict[str, mx.array], source: str) -> dict[str, mx.array]:
     """Arrays under the names and in the shapes of mlx-lm's architecture, by its `sanitize`.
 
     Args:
         model: the architecture.
         arrays: a checkpoint's.
-        place: the checkpoint, for the message.
+        source: the checkpoint, for the message.
 
     Raises:
         InputError: the arrays are not those of the architecture.
@@ -79,7 +79,7 @@ def sanitized(model: nn.Module, arrays: dict[str, mx.array], place: str) -> dict
         renamed: dict[str, mx.array] = model.sanitize(dict(arrays))
     except Exception as error:  # every architecture fails in its own way
         raise InputError(
-            f"the weights in {place} are not those of a {model.model_type}: "
+            f"the weights in {source} are not those of a {model.model_type}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return renamed

@@ -1,1 +1,1 @@
-"""Files that appear whole, and tensors that stay on disk."""
+"""Files: atomic writing, and reading tensors without loading them all."""

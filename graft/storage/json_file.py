@@ -19,7 +19,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, very long numbers, nesting
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object")

@@ -237,27 +237,27 @@ def size_bytes(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.size
 
 
-def check_fit(expected: Mapping[str, Shaped], found: Mapping[str, Shaped], place: str) -> None:
+def check_fit(expected: Mapping[str, Shaped], actual: Mapping[str, Shaped], source: str) -> None:
     """Compare the tensors of a model and of its checkpoint by name and shape.
 
     Args:
         expected: the model's.
-        found: the checkpoint's.
-        place: the checkpoint, for the message.
+        actual: the checkpoint's.
+        source: the checkpoint, for the message.
 
     Raises:
         InputError: tensors are missing, unknown or of another shape; all of them are named.
     """
-    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems = [f"{name} is missing" for name in expected if name not in actual]
     problems += [
-        f"{name} is not part of this architecture" for name in found if name not in expected
+        f"{name} is not part of this architecture" for name in actual if name not in expected
     ]
     problems += [
-        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted.shape)}"
-        for name, wanted in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(wanted.shape)
+        f"{name} has shape {tuple(actual[name].shape)}, not {tuple(array.shape)}"
+        for name, array in expected.items()
+        if name in actual and tuple(actual[name].shape) != tuple(array.shape)
     ]
     if problems:
         raise InputError(
-            f"the weights in {place} do not fit its configuration: {'; '.join(problems)}"
+            f"the weights in {source} do not fit its configuration: {'; '.join(problems)}"
         )

@@ -45,7 +45,7 @@ def test_renamed_tensors_stay_on_disk_and_dropped_ones_are_said(tmp_path: Path) 
     tensors: Any = open_safetensors(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     renamed, notes = under_mlx_names(
-        build_model(tiny.QWEN2), tensors, tmp_path / "scratch", place="a folder"
+        build_model(tiny.QWEN2), tensors, tmp_path / "scratch", source="a folder"
     )
     assert all(isinstance(tensor, StoredTensor) for tensor in renamed.values())
     assert notes == ["not used by the architecture: lm_head.weight"]
@@ -56,7 +56,7 @@ def test_only_what_mlx_lm_computes_is_computed(tmp_path: Path) -> None:
     source = write_gpt2(tmp_path / "hf")
     tensors: Any = open_safetensors(source / "model.safetensors")
     model = build_model(GPT2)
-    renamed, _ = under_mlx_names(model, dict(tensors), tmp_path / "scratch", place="a folder")
+    renamed, _ = under_mlx_names(model, dict(tensors), tmp_path / "scratch", source="a folder")
     stored = {name for name, tensor in renamed.items() if isinstance(tensor, StoredTensor)}
     assert "model.wte.weight" in stored
     assert "model.h.0.attn.c_attn.weight" not in stored
@@ -80,4 +80,4 @@ def test_tensors_of_another_architecture_are_refused(tmp_path: Path) -> None:
     expert = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     tensors: Any = {expert: ComputedTensor(mx.zeros((4, 4)))}
     with pytest.raises(InputError, match="the weights in a folder are not those of a mixtral"):
-        under_mlx_names(build_model(mixtral), tensors, tmp_path / "scratch", place="a folder")
+        under_mlx_names(build_model(mixtral), tensors, tmp_path / "scratch", source="a folder")
