@@ -1,1 +1,1 @@
-"""What is trained beside a frozen model, where it is attached, and its files."""
+"""Adapters: what is trained on a frozen model, attached to it, saved and loaded."""

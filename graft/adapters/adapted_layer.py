@@ -36,7 +36,7 @@ class MethodFormula:
     output: Callable[..., mx.array]
     deltas: Callable[["AdaptedLayer"], dict[str, mx.array]]
     as_linear: Callable[["AdaptedLayer", mx.array], mx.array] | None = None
-    linear_layer: Callable[..., nn.Module] | None = None
+    linear_layer: Callable[..., LoRALayer] | None = None
 
 
 class AdaptedLayer(LoRALayer):

@@ -117,7 +117,7 @@ def _parameters_of(module: nn.Module) -> int:
     )
 
 
-def _starts(layers: Mapping[str, LayerConfig]) -> dict[str, Callable[[nn.Module, mx.array], None]]:
+def _starts(layers: Mapping[str, LayerConfig]) -> dict[str, Callable[[LoRALayer, mx.array], None]]:
     """How to initialize the layers whose method needs the weights before quantization, by path."""
     methods = {path: METHODS.get(config.method) for path, config in layers.items()}
     starts = {path: method.start_from_original for path, method in methods.items() if method}
@@ -154,7 +154,7 @@ def _counts_text(when: str, trained: int, total: int) -> str:
     return f"{when}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})"
 
 
-def _adapt(module: nn.Module, config: LayerConfig, dropout: float, key: mx.array) -> nn.Module:
+def _adapt(module: nn.Module, config: LayerConfig, dropout: float, key: mx.array) -> LoRALayer:
     kind = resolve_kind(module, config)
     assert kind is not None
     layer = make_layer(

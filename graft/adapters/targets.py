@@ -328,7 +328,7 @@ def _config(
     variant = METHODS[method].on_feed_forward_ends
     if variant and any(_is_named(layer.path, end) for end in FEED_FORWARD_OUTPUTS):
         method = variant
-    if layer.kind == VECTOR or not METHODS[method].ranked:
+    if not (layer.kind.ranked and METHODS[method].ranked):
         defaults = 1, 1.0
     rank = defaults[0] if rank is None else rank
     if alpha is None:

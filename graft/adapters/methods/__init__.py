@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.adapters.adapted_layer import AdaptedLayer, MethodFormula
-from graft.adapters.layer_kinds import LAYER_KINDS, LINEAR, VECTOR, LayerKind
+from graft.adapters.layer_kinds import LAYER_KINDS, LINEAR, LayerKind
+from graft.models import LoRALayer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,7 +66,7 @@ class Method:
     has_magnitude: bool = False
     merge_first: bool = False
     needs_bias: bool = False
-    start_from_original: Callable[[Any, mx.array], None] | None = None
+    start_from_original: Callable[[LoRALayer, mx.array], None] | None = None
     on_feed_forward_ends: str | None = None
 
 
@@ -99,7 +100,7 @@ def make_layer(
     alpha: float = 16.0,
     dropout: float = 0.0,
     key: mx.array | None = None,
-) -> nn.Module:
+) -> LoRALayer:
     """The adapted layer of a method over a base layer; arguments as for `AdaptedLayer`."""
     settings: dict[str, Any] = {
         "method": method,
@@ -108,7 +109,7 @@ def make_layer(
         "dropout": dropout,
         "key": key,
     }
-    trained_whole = kind == VECTOR and METHODS[method].ranked
+    trained_whole = METHODS[method].ranked and not kind.ranked
     formula = METHODS[VECTOR_METHOD if trained_whole else method].formula
     if kind == LINEAR and formula.linear_layer is not None:
         return formula.linear_layer(base, rank, **settings)

@@ -1,17 +1,15 @@
 """LoftQ: LoRA that starts by correcting the quantization error of its base."""
 
-from typing import Any
-
 from graft.adapters.layer_kinds import LAYER_KINDS
 from graft.adapters.methods import Method, register_method
 from graft.adapters.methods.lora import LOW_RANK_FORMULA
 from graft.adapters.methods.pissa import pissa_start
-from graft.models import dense_weight
+from graft.models import LoRALayer, dense_weight
 
 import mlx.core as mx
 
 
-def loftq_start(layer: Any, original: mx.array) -> None:
+def loftq_start(layer: LoRALayer, original: mx.array) -> None:
     """Set A and B of a layer over a quantized base Q to the best correction of its rounding.
 
     scale * A B is the truncated SVD of W - Q, so the untrained layer is closer to the model before

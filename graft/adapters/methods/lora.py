@@ -5,7 +5,7 @@ from typing import Any
 
 from graft.adapters.adapted_layer import AdaptedLayer, FactorPair, MethodFormula, whole_weight
 from graft.adapters.methods import LOW_RANK_KINDS, Method, register_method
-from graft.models import dense_layer, fused, is_quantized
+from graft.models import LoRALayer, dense_layer, fused, is_quantized
 from graft.runtime.cpu import lora_linear_type
 
 import mlx.core as mx
@@ -85,7 +85,7 @@ def low_rank_deltas(layer: AdaptedLayer) -> dict[str, mx.array]:
     return {"weight": layer.scale * product}
 
 
-def _lora_linear(base: nn.Module, rank: int, **settings: Any) -> nn.Module:
+def _lora_linear(base: nn.Module, rank: int, **settings: Any) -> LoRALayer:
     return lora_linear_type()(base, rank, **settings)
 
 
