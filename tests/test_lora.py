@@ -15,15 +15,18 @@ from typing import Any
 import lora
 from graft.adapters.attach import lora_layers
 from graft.adapters.files import load_adapter
-from graft.data.batches import Batch, TrainingBatches, pad
+from graft.data.batches import TrainingBatches
+from graft.data.collate import collate
 from graft.data.examples import Example, Split, tokenize_rows
 from graft.data.readers import read_jsonl
 from graft.data.rows import Row
 from graft.pretrained.load import load_model
 from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.storage import atomic
+from graft.training.evaluate import evaluate_split
 from graft.training.metrics import Evaluation, RunLog
 from graft.training.options import Options
+from graft.training.setup import load_data, start_adapter, use_adapter
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +35,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from support import tiny
+from support.fast_cases import arrays, mean_loss
 from support.paths import ROOT
 
 TRAIN = tiny.TEXTS * 3
@@ -146,10 +150,6 @@ def wait_for(path: Path, child: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
-def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
-
-
 class TestTraining:
     @pytest.mark.parametrize("name", ["whole", "quantized"])
     def test_training_lowers_the_loss(self, here: Path, name: str) -> None:
@@ -219,7 +219,7 @@ class TestTraining:
     def test_without_eos_a_text_does_not_end(self, here: Path) -> None:
         options = Options(train=True, data="data", add_eos_token=0)
         _, tokenizer, _ = load_model("whole")
-        rows = lora.load(options, tokenizer, context=None)["train"].examples
+        rows = load_data(options, tokenizer, context=None)["train"].examples
         assert all(tokenizer.eos_token_id not in row.tokens for row in rows)
 
     def test_training_ends_with_an_evaluation_and_a_save_wherever_it_ends(self, here: Path) -> None:
@@ -250,30 +250,38 @@ class TestLoss:
         """A row's loss alone, padded to 256, and as part of a batch of other lengths."""
         means, counts = [], []
         for row in range(len(split)):
-            alone = pad(split.examples, [row])
-            mean, tokens = lora.loss(model, *arrays(alone))
-            wide = [np.pad(a, ((0, 0), (0, 256 - a.shape[1]))) for a in arrays(alone)]
-            padded, same = lora.loss(model, *map(mx.array, wide))
+            alone = collate(split.examples, [row])
+            mean, tokens = mean_loss(model, arrays(alone))
+            wide = {
+                name: mx.array(np.pad(array, ((0, 0), (0, 256 - array.shape[1]))))
+                for name, array in alone.arrays.items()
+            }
+            padded, same = mean_loss(model, wide)
             assert padded.item() == pytest.approx(mean.item(), rel=1e-5)
             assert tokens.item() == same.item() == len(split.examples[row]) - 1
             means.append(mean.item())
             counts.append(tokens.item())
-        together, tokens = lora.loss(model, *arrays(pad(split.examples, range(len(split)))))
+        together, tokens = mean_loss(model, arrays(collate(split.examples, range(len(split)))))
         assert tokens.item() == sum(counts)
         assert together.item() == pytest.approx(np.average(means, weights=counts), rel=1e-5)
 
     def test_what_stands_on_padding_does_not_matter(self, model: nn.Module, split: Split) -> None:
-        inputs, targets, loss_mask = arrays(pad(split.examples, [0, 5]))
-        mean, _ = lora.loss(model, inputs, targets, loss_mask)
-        garbage = mx.where(loss_mask, targets, 7)
-        other, _ = lora.loss(model, mx.where(loss_mask, inputs, 9), garbage, loss_mask)
+        batch = arrays(collate(split.examples, [0, 5]))
+        mean, _ = mean_loss(model, batch)
+        loss_mask = batch["loss_mask"]
+        garbage = {
+            "inputs": mx.where(loss_mask, batch["inputs"], 9),
+            "targets": mx.where(loss_mask, batch["targets"], 7),
+        }
+        other, _ = mean_loss(model, batch | garbage)
         assert other.item() == pytest.approx(mean.item(), rel=1e-6)
 
     def test_a_batch_without_trained_tokens_has_loss_zero(
         self, model: nn.Module, split: Split
     ) -> None:
-        inputs, targets, loss_mask = arrays(pad(split.examples, [0]))
-        mean, tokens = lora.loss(model, inputs, targets, mx.zeros_like(loss_mask))
+        batch = arrays(collate(split.examples, [0]))
+        nothing = {"loss_mask": mx.zeros_like(batch["loss_mask"])}
+        mean, tokens = mean_loss(model, batch | nothing)
         assert (mean.item(), tokens.item()) == (0.0, 0)
 
 
@@ -285,9 +293,9 @@ class TestEvaluate:
         """Expected by hand: the token-weighted mean of the rows' own losses."""
         total = tokens = 0.0
         for row in range(len(split)):
-            mean, count = lora.loss(model, *arrays(pad(split.examples, [row])))
+            mean, count = mean_loss(model, arrays(collate(split.examples, [row])))
             total, tokens = total + mean.item() * count.item(), tokens + count.item()
-        result = lora.evaluate(model, split, batch_size)
+        result = evaluate_split(model, split, batch_size)
         assert result.tokens == tokens == sum(len(example) - 1 for example in split.examples)
         assert result.loss == pytest.approx(total / tokens, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -295,17 +303,17 @@ class TestEvaluate:
     def test_a_number_of_batches_takes_the_same_rows_every_time(
         self, model: nn.Module, split: Split
     ) -> None:
-        first, second = (lora.evaluate(model, split, 2, num_batches=2) for _ in range(2))
+        first, second = (evaluate_split(model, split, 2, num_batches=2) for _ in range(2))
         assert (first.loss, first.tokens) == (second.loss, second.tokens)
-        assert 0 < first.tokens < lora.evaluate(model, split, 2).tokens
+        assert 0 < first.tokens < evaluate_split(model, split, 2).tokens
 
     def test_dropout_is_off(self, here: Path, split: Split) -> None:
         model, _, _ = load_model("whole")
-        lora.start_adapter(model, Options(dropout=0.9))
+        start_adapter(model, Options(dropout=0.9))
         for _, layer in lora_layers(model):
             layer.lora_b = mx.ones_like(layer.lora_b)
         model.train()
-        assert lora.evaluate(model, split, 4).loss == lora.evaluate(model, split, 4).loss
+        assert evaluate_split(model, split, 4).loss == evaluate_split(model, split, 4).loss
 
 
 class TestFiles:
@@ -362,7 +370,7 @@ class TestFiles:
         rows = rows_of("train")
         assert train("--iters", "5", "--steps-per-report", "2", "--learning-rate", "0") == 0
         batches = TrainingBatches(rows, 4, seed=0)
-        singles = [lora.loss(model, *arrays(batch)) for _ in range(5) for batch in next(batches)]
+        singles = [mean_loss(model, arrays(batch)) for _ in range(5) for batch in next(batches)]
         means, weights = zip(*[(m.item(), t.item()) for m, t in singles], strict=True)
         expected = [
             np.average(means[a:b], weights=weights[a:b]) for a, b in ((0, 2), (2, 4), (4, 5))
@@ -394,8 +402,8 @@ class TestFiles:
         name = f"out/a.{suffix}"
         assert train("--test", "--adapter-file", name) == 0
         model, _, _ = load_model("whole")
-        lora.use_adapter(model, Options(model="whole", adapter_file=name, test=True))
-        measured = lora.evaluate(model, Split(rows_of("test")), 4).loss
+        use_adapter(model, Options(model="whole", adapter_file=name, test=True))
+        measured = evaluate_split(model, Split(rows_of("test")), 4).loss
         assert [measured] == losses("out", split="test")
 
     def test_another_process_measures_what_training_measured(
@@ -434,7 +442,7 @@ class TestFiles:
         assert train("--adapter-file", "out/adapters.safetensors") == 0
         ids = mx.array([[1, 20, 30, 40]])
         ours, _, _ = load_model("whole")
-        lora.use_adapter(ours, Options(model="whole", adapter_file="out/adapters.safetensors"))
+        use_adapter(ours, Options(model="whole", adapter_file="out/adapters.safetensors"))
         theirs = load_adapters(load_model("whole")[0], "out")
         theirs.eval()
         base = load_model("whole")[0](ids)
@@ -490,11 +498,11 @@ class Recorder:
 
 
 def answer(model: nn.Module, tokenizer: Any, prompt: str, **settings: Any) -> str:
-    """What `lora.generate` prints."""
+    """What `lora.print_answer` prints."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder()
         patch.setattr(sys, "stdout", recorder)
-        lora.generate(model, tokenizer, Options(prompt=prompt, **{"temp": 0.0, **settings}))
+        lora.print_answer(model, tokenizer, Options(prompt=prompt, **{"temp": 0.0, **settings}))
     return recorder.text
 
 
@@ -526,7 +534,7 @@ class TestGenerate:
         recorder = Recorder()
         monkeypatch.setattr(sys, "stdout", recorder)
         options = Options(prompt="The", temp=0.0, num_tokens=12, write_every=every)
-        lora.generate(model, tokenizer, options)
+        lora.print_answer(model, tokenizer, options)
         assert recorder.flushed[0] == "The"
         assert recorder.flushed[-1] == recorder.text
         # The prompt, every so many of the 12 tokens, and the end.

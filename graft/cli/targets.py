@@ -8,11 +8,12 @@ from graft.adapters.layer_config import LayerConfig
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import Candidate, candidates
 from graft.cli.command import command
+from graft.cli.run_options import options_parser, parse_options
 from graft.console import table
 from graft.models import is_quantized, weight_shape
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import read_model
-from graft.training import options as run_options
+from graft.training.options import from_mapping
 from graft.training.setup import plan_run
 
 TARGET_OPTIONS = (
@@ -26,7 +27,7 @@ COLUMNS = ("layer", "kind", "shape", "trained", *NUMBERS)
 def build_parser() -> argparse.ArgumentParser:
     """A parser of those options of `lora.py` that decide what is adapted."""
     text = "Show which layers of a model can be adapted, and what these options would train."
-    parser = run_options.build_parser(text, TARGET_OPTIONS)
+    parser = options_parser(text, TARGET_OPTIONS)
     methods = (f"  {name:<12} {METHODS[name].text}" for name in sorted(METHODS))
     parser.epilog = "\n".join(["methods:", *methods])
     return parser
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         InputError: as for `graft.adapters.targets.plan`.
     """
-    options = run_options.from_mapping(run_options.parse(build_parser(), argv))
+    options = from_mapping(parse_options(build_parser(), argv))
     model, _ = read_model(find_folder(options.model))
     configs = plan_run(model, options)
     layers = candidates(model, -1)

@@ -14,7 +14,8 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter, apply_adapter
 from graft.console import note
-from graft.data.batches import group_rows, pad, sample_rows
+from graft.data.batches import group_rows, sample_rows
+from graft.data.collate import collate
 from graft.data.examples import Example, load_splits
 from graft.data.sources import check_data_name
 from graft.errors import InputError, RunError
@@ -113,7 +114,7 @@ def _fuse_and_check(
             model,
             quantized_bits(fusion, model),
             sample=sample,
-            calibration=[pad(calibration, rows) for rows in group_rows(calibration, 4)],
+            calibration=[collate(calibration, rows) for rows in group_rows(calibration, 4)],
             scratch=Path(scratch),
             limit=limit,
             room_bytes=math.inf if max_kl is not None else (1 + MAX_GROWTH) * before - after,

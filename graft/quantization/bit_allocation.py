@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.adapters.attach import lora_layers
 from graft.adapters.layer_kinds import LINEAR, kind_of
-from graft.data.batches import Batch
+from graft.data.collate import Batch
 from graft.models import LoRALayer, dense_layer, weight_shape, with_arrays
 from graft.quantization.choose import BITS, UNQUANTIZED, settings_like
 from graft.quantization.divergence import Comparison, Sample, compare

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from graft.data.batches import Batch, group_rows, pad
+from graft.data.batches import group_rows
+from graft.data.collate import Batch, collate
 from graft.data.examples import Example
 
 import mlx.core as mx
@@ -57,7 +58,7 @@ class Sample:
 
 def take_sample(model: nn.Module, examples: Sequence[Example], folder: Path) -> Sample:
     """Run a model on sample text and write its log-probabilities to a folder."""
-    batches = [pad(examples, rows) for rows in group_rows(examples, 1)]
+    batches = [collate(examples, rows) for rows in group_rows(examples, 1)]
     files = [folder / f"sample-{number}.npy" for number in range(len(batches))]
     for batch, file in zip(batches, files, strict=True):
         mx.save(str(file), _log_probs(model, batch))
@@ -70,20 +71,20 @@ def compare(sample: Sample, model: nn.Module) -> Comparison:
     tokens = 0.0
     for batch, file in zip(sample.batches, sample.files, strict=True):
         expected, actual = cast(mx.array, mx.load(str(file))), _log_probs(model, batch)
-        counts = mx.array(batch.loss_mask)
-        targets = mx.array(batch.targets)[..., None]
+        counts = mx.array(batch["loss_mask"])
+        targets = mx.array(batch["targets"])[..., None]
         divergence = (mx.exp(expected) * (expected - actual)).sum(axis=-1)
         same = expected.argmax(axis=-1) == actual.argmax(axis=-1)
         losses = [-mx.take_along_axis(p, targets, axis=-1)[..., 0] for p in (expected, actual)]
         sums = sums + mx.stack([(values * counts).sum() for values in (divergence, same, *losses)])
         mx.eval(sums)
-        tokens += float(batch.loss_mask.sum())
+        tokens += float(batch["loss_mask"].sum())
     means = cast(list[float], (sums / max(tokens, 1)).tolist())
     return Comparison(means[0], means[1], means[2], means[3], int(tokens))
 
 
 def _log_probs(model: nn.Module, batch: Batch) -> mx.array:
-    logits = model(mx.array(batch.inputs)).astype(mx.float32)
+    logits = model(mx.array(batch["inputs"])).astype(mx.float32)
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(log_probs)
     return log_probs

@@ -12,7 +12,7 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.data.batches import Batch
+from graft.data.collate import Batch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,7 +61,7 @@ def grams(
         recorders = {path: _Recorder(modules[path], inputs[path]) for path in chosen}
         model.update_modules(tree_unflatten(list(recorders.items())))
         for batch in batches:
-            mx.eval(model(mx.array(batch.inputs)), [r.gram for r in recorders.values()])
+            mx.eval(model(mx.array(batch["inputs"])), [r.gram for r in recorders.values()])
         model.update_modules(tree_unflatten([(path, modules[path]) for path in chosen]))
         for path in chosen:
             yield path, np.array(recorders.pop(path).gram)

@@ -1,44 +1,104 @@
-"""Attention and activations for Linux's CPU, where an exponential costs as much as 60 additions.
+"""Attention and sigmoid for a Linux CPU, where an exponential costs as much as 60 additions.
 
-MLX computes attention's weights in the forward pass and again in the backward pass, masked ones
-too. Here they are computed once, from powers of two, which take a third of the time, for a block of
+MLX computes attention weights in the forward pass and again in the backward pass, masked ones too.
+Here they are computed once, from powers of two, which take a third of the time, for a block of
 queries at a time and only for the keys that it may see:
 
     S = scale Q K^T + mask,   P = exp(S - max S),   O = P V / sum P,
     dS = P (dO' V^T - sum(dO' O)),   dO' = dO / sum P,   dQ = scale dS K,   dK = scale dS^T Q,
     dV = P^T dO'
 
-P is kept for the backward pass while it is small, and else computed again a block at a time, so
-that memory grows with the number of tokens and not with its square: Dao et al., "FlashAttention"
-(2022), https://arxiv.org/abs/2205.14135.
+P is kept for the backward pass while it is small, and otherwise recomputed block by block, so that
+memory grows with the number of tokens and not with its square: Dao et al., "FlashAttention" (2022),
+https://arxiv.org/abs/2205.14135.
+
+Models look these functions up in MLX. `use_fast_functions` makes one model find the ones here while
+it runs; other models, and other threads, keep MLX's. Functions that MLX compiles in the meantime,
+such as `nn.silu`, keep what they were compiled with; the results agree to 3e-7.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
+from graft.runtime.overriding import override, variant
+
 import mlx.core as mx
+import mlx.nn as nn
 
 LOG2_E = math.log2(math.e)
-# Attention weights at a time, 2 MB of them, and the most that are kept for the backward pass.
+# Attention weights computed at a time, 2 MB, and the most kept for the backward pass.
 BLOCK_VALUES = 2**19
 KEPT_VALUES = 2**22
 SMALLEST_BLOCK = 32
 # Low enough to make any weight zero, and finite, so that no difference of two is undefined.
 MASKED = -1e30
 
-# First query, one past the last, keys that they may see, and what their products get added.
+# First query, one past the last, keys that they may see, and the bias on their products.
 Block = tuple[int, int, int, mx.array | None]
 
-_original = mx.fast.scaled_dot_product_attention
-_original_sigmoid = mx.sigmoid
+_mlx_attention = mx.fast.scaled_dot_product_attention
+_mlx_sigmoid = mx.sigmoid
+_thread = threading.local()
+_lock = threading.Lock()
+_active_threads = 0
 
 
-def install() -> None:
-    """Let every model of this process use what this module has."""
-    mx.fast.scaled_dot_product_attention = attention
-    mx.sigmoid = sigmoid  # type: ignore[assignment]
+def use_fast_functions(model: nn.Module) -> None:
+    """Let a model use attention and sigmoid of this module whenever it is called."""
+    if not getattr(model, "uses_fast_functions", False):
+        override([model], _with_fast_functions)
+
+
+def current_functions() -> Callable[[], AbstractContextManager[None]]:
+    """What makes a context with the attention and sigmoid of now, for a later computation."""
+    return fast_functions if _depth() else nullcontext
+
+
+@contextmanager
+def fast_functions() -> Iterator[None]:
+    """Use attention and sigmoid of this module in this thread until the context ends."""
+    global _active_threads
+    _thread.depth = _depth() + 1
+    if _thread.depth == 1:
+        with _lock:
+            _active_threads += 1
+            mx.fast.scaled_dot_product_attention = _dispatched_attention
+            mx.sigmoid = _dispatched_sigmoid
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+        if _thread.depth == 0:
+            with _lock:
+                _active_threads -= 1
+                if _active_threads == 0:
+                    mx.fast.scaled_dot_product_attention = _mlx_attention
+                    mx.sigmoid = _mlx_sigmoid
+
+
+def _depth() -> int:
+    return getattr(_thread, "depth", 0)
+
+
+def _with_fast_functions(cls: Any) -> type:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with fast_functions():
+            return cls.__call__(self, *args, **kwargs)
+
+    return variant(cls, __call__=call, uses_fast_functions=True)
+
+
+def _dispatched_attention(*args: Any, **kwargs: Any) -> Any:
+    return (attention if _depth() else _mlx_attention)(*args, **kwargs)
+
+
+def _dispatched_sigmoid(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    fast = _depth() and not args and not kwargs
+    return sigmoid(x) if fast else _mlx_sigmoid(x, *args, **kwargs)
 
 
 def attention(
@@ -51,20 +111,20 @@ def attention(
     sinks: mx.array | None = None,
     **others: Any,
 ) -> mx.array:
-    """What `mx.fast.scaled_dot_product_attention` gives, to rounding.
+    """Like `mx.fast.scaled_dot_product_attention`, to rounding.
 
     Args:
         q: (batch, heads, queries, dims).
         k: (batch, groups, keys, dims); `groups` divides `heads`.
         v: (batch, groups, keys, value_dims).
-        scale: of the products.
+        scale: factor on the products.
         mask: "causal", or bool or additive and broadcastable to (batch, heads, queries, keys).
-        sinks: left to MLX, as are few queries and other types than float32.
-        others: for MLX.
+        sinks: computed by MLX, as are few queries and types other than float32.
+        others: further arguments, for MLX.
     """
     exact = all(array.dtype == mx.float32 for array in (q, k, v))
     if sinks is not None or others or not exact or q.shape[2] < SMALLEST_BLOCK:
-        return _original(q, k, v, scale=scale, mask=mask, sinks=sinks, **others)
+        return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **others)
     batch, heads, queries, dims = q.shape
     groups, keys = k.shape[1:3]
     # The heads of a group share keys: (batch, groups, heads of a group, queries, dims).
@@ -81,9 +141,9 @@ def attention(
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x)) of any shape."""
     if x.dtype != mx.float32:
-        return _original_sigmoid(x)
-    # The gradient is that of the linear term, which is zero: so it needs no logarithm of the base,
-    # and works where shapes are not known, as a function of its own would not.
+        return _mlx_sigmoid(x)
+    # The linear term is zero and carries the gradient: no logarithm of the base is needed, and it
+    # works where shapes are unknown, which a custom function would not.
     s = mx.stop_gradient(mx.reciprocal(mx.power(2.0, x * -LOG2_E) + 1.0))
     return s + (x - mx.stop_gradient(x)) * (s * (1.0 - s))
 
@@ -92,13 +152,13 @@ def _blocks(rows: int, queries: int, keys: int, *, causal: bool) -> Iterator[tup
     """(first query, one past the last, keys that they may see) of each block.
 
     Args:
-        rows: of the batch, times heads.
-        queries: the last ones that belong to the keys.
-        keys: at least as many.
-        causal: whether a query sees no key that comes after it.
+        rows: rows of the batch, times heads.
+        queries: number of queries; they belong to the last keys.
+        keys: number of keys, at least as many.
+        causal: whether a query sees only the keys up to its own.
     """
     size = max(BLOCK_VALUES // (rows * keys), SMALLEST_BLOCK)
-    # Of equal sizes, since one that is left over would be small.
+    # Equal sizes, so that no small block is left over.
     count = -(-queries // size)
     edges = [queries * number // count for number in range(count + 1)]
     for start, stop in pairwise(edges):
@@ -108,7 +168,7 @@ def _blocks(rows: int, queries: int, keys: int, *, causal: bool) -> Iterator[tup
 def _bias(
     mask: str | mx.array | None, block: range, queries: int, seen: int, heads: tuple[int, int]
 ) -> mx.array | None:
-    """What a block's products get added, in units of log 2; broadcastable to their shape."""
+    """The bias on a block's products, in units of log 2; broadcastable to their shape."""
     if mask is None:
         return None
     if isinstance(mask, str):
@@ -121,14 +181,14 @@ def _bias(
     bias = (rows.astype(mx.float32) - 1) * -MASKED if rows.dtype == mx.bool_ else rows * LOG2_E
     if bias.ndim < 3:
         return bias
-    # (..., heads, queries, keys): the heads divided as those of the queries are.
+    # (..., heads, queries, keys): divide the heads into groups as for the queries.
     per_head = bias.shape[-3]
     parts = (groups, total // groups) if per_head == total else (1, 1)
     return bias.reshape(*bias.shape[:-3], *parts, *bias.shape[-2:])
 
 
 def _attend(scale: float, blocks: Sequence[Block], *, kept: bool) -> Any:
-    """(q, k, v) -> the output, the sums, and of each block what its gradient needs.
+    """(q, k, v) -> the output, the sums, and what the gradient of each block needs.
 
     q is (batch, groups, heads, queries, dims), k (batch, groups, keys, dims), and the output has
     the shape of q with the dims of v.
@@ -180,7 +240,7 @@ def _attend(scale: float, blocks: Sequence[Block], *, kept: bool) -> Any:
 
 
 def _after(x: mx.array, results: Sequence[mx.array]) -> mx.array:
-    """`x`, once `results` are there: of the blocks before, or all of them would be at work."""
+    """`x`, once the results of earlier blocks are there, or all would be computed at once."""
     waiting: Any = mx.depends([x], list(results)) if results else [x]
     array: mx.array = waiting[0]
     return array
@@ -191,7 +251,7 @@ def _joined(parts: Sequence[mx.array]) -> mx.array:
 
 
 def _added(total: mx.array, part: mx.array) -> mx.array:
-    """The sum over keys of which `part` has only the first: (batch, groups, keys, dims)."""
+    """The sum with a part that has only the first keys: (batch, groups, keys, dims)."""
     missing = total.shape[2] - part.shape[2]
     return total + (mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else part)
 

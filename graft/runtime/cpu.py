@@ -1,8 +1,8 @@
-"""What MLX's CPU backend needs that Metal and CUDA do not.
+"""What MLX's CPU backend on Linux needs that Metal and CUDA do not.
 
-The facts behind it: on Linux's CPU, half precision runs 40 times slower than float32,
-`quantized_matmul` 70 times slower than dequantizing and multiplying through the BLAS, and
-`mx.compile` calls a C++ compiler at run time. Elsewhere nothing here does anything.
+There, half precision runs 40 times slower than float32, `quantized_matmul` 70 times slower than
+dequantizing and multiplying through the BLAS, and `mx.compile` calls a C++ compiler at run time.
+On other devices nothing here has any effect.
 """
 
 import contextlib
@@ -14,15 +14,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from graft.console import note
 from graft.models import LoRALinear, dense_weight, weight_shape
-from graft.runtime import attention
+from graft.runtime.attention import LOG2_E, use_fast_functions
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 FLOAT_BYTES = 4
-# Fewer rows than these are not worth a whole weight made of a quantized one.
+# With fewer rows, dequantizing a whole weight does not pay.
 MANY_ROWS = 8
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -34,34 +35,34 @@ def runs_on_cpu() -> bool:
 
 
 def takes_shortcuts() -> bool:
-    """Whether to compute in ways that are faster on a CPU: there, unless GRAFT_SHORTCUTS is off."""
+    """Whether to use the fast paths for a CPU: on one, unless GRAFT_SHORTCUTS is `off`."""
     return runs_on_cpu() and os.environ.get("GRAFT_SHORTCUTS") != "off"
 
 
 def lora_linear_type() -> type[LoRALinear]:
-    """The class of LoRA layer over a linear layer that suits the default device."""
+    """The class of LoRA layer for linear layers on the default device."""
     return CpuLoRALinear if runs_on_cpu() else LoRALinear
 
 
 def check_compiler() -> None:
-    """Turn `mx.compile` off, and say so, where the CPU backend would miss its C++ compiler."""
+    """Turn `mx.compile` off, with a note, if the CPU backend has no C++ compiler."""
     if sys.platform == "linux" and runs_on_cpu() and shutil.which("g++") is None:
         mx.disable_compile()
-        print("no g++ found: running uncompiled, which is slower; install g++", file=sys.stderr)
+        note("no g++ found: running uncompiled, which is slower; install g++")
 
 
 class CompiledStep:
-    """A function through `mx.compile`, where that pays, with its traces counted.
+    """A function compiled with `mx.compile` on a GPU, whose traces are counted.
 
-    On Linux's CPU the generated C++ is no faster than the plain graph and takes ten seconds to
-    build, so the function runs as it is there, and where MLX is told not to compile.
+    On a Linux CPU the generated C++ is no faster than the plain graph and takes ten seconds to
+    build, so there the function is called directly, as it is if MLX_DISABLE_COMPILE is set.
 
     Args:
-        function: of arrays in tuples, lists and dicts.
-        state: what it reads and changes besides.
+        function: takes and returns arrays in tuples, lists and dicts.
+        state: other arrays that it reads and changes.
 
     Attributes:
-        traces: how often it was traced; 0 where it runs as it is.
+        traces: how often it was traced; 0 if it is not compiled.
         shapes: the shapes that it was called with; each needs one trace.
     """
 
@@ -74,7 +75,7 @@ class CompiledStep:
             self._compiled = mx.compile(self._trace, inputs=state, outputs=state)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function gives."""
+        """Call the function."""
         if self._compiled is None:
             return self._function(*arguments)
         arrays: Any = tree_flatten(arguments)
@@ -82,24 +83,24 @@ class CompiledStep:
         return self._compiled(*arguments)
 
     def _trace(self, *arguments: Any) -> Any:
-        # MLX runs this once a trace, and what it recorded from then on.
+        # MLX runs this once per trace, and afterwards what it recorded.
         self.traces += 1
         return self._function(*arguments)
 
 
 def suit_backend(model: nn.Module) -> None:
-    """Give a loaded model the precision and the layers that the default device is fast with.
+    """Give a loaded model the precision and the layers that are fast on the default device.
 
-    On the CPU: floating-point parameters become float32, and quantized linear layers dequantize
-    before they multiply many rows. On a GPU the model stays as it is; Metal is told to keep its
-    memory resident, as mlx-lm does.
+    On a CPU, floating-point parameters become float32, quantized linear layers dequantize before
+    they multiply many rows, and on Linux the model uses the functions of `graft.runtime.attention`.
+    On a GPU the model stays as it is; Metal is told to keep its memory resident, as mlx-lm does.
     """
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     if not runs_on_cpu():
         return
     if sys.platform == "linux" and takes_shortcuts():
-        attention.install()
+        use_fast_functions(model)
         keep_freed_memory()
     model.update(tree_map(_to_float32, model.parameters()))
     swapped = [
@@ -111,9 +112,9 @@ def suit_backend(model: nn.Module) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what MLX frees, as MLX has no cache on the CPU.
+    """Let glibc keep the memory that MLX frees, since MLX has no cache on the CPU.
 
-    It would give large arrays back to the system, and get each page of the next ones zeroed.
+    Otherwise large arrays go back to the system, which zeroes every page of the next ones.
     """
     with contextlib.suppress(AttributeError):  # Other C libraries have no mallopt.
         mallopt = ctypes.CDLL(None).mallopt
@@ -124,11 +125,11 @@ def keep_freed_memory() -> None:
 def keep_whole_weights(model: nn.Module, limit_bytes: float) -> int:
     """Let the quantized linear layers of a model dequantize once, if all of them fit.
 
-    They would do it in each direction, in each lane of each step: on a small model, that is half of
-    a step's operations. Only `suit_backend` on the CPU makes layers that can.
+    Otherwise they do it in each direction, in each worker of each step: in a small model, half of a
+    step's operations. Only the layers that `suit_backend` makes on a CPU can.
 
     Returns:
-        The bytes that are held for it.
+        The bytes held for it.
     """
     layers = [m for _, m in model.named_modules() if isinstance(m, DequantizingLinear)]
     size = sum(FLOAT_BYTES * math.prod(weight_shape(layer)) for layer in layers)
@@ -140,18 +141,18 @@ def keep_whole_weights(model: nn.Module, limit_bytes: float) -> int:
 
 
 def exponential(x: mx.array) -> mx.array:
-    """e to the power of x; on the CPU as a power of two, which takes a third of the time there.
+    """e to the power of x; on a CPU as a power of two, which takes a third of the time.
 
     The relative error is that of rounding x log2(e): 1e-7 |x|.
     """
-    return mx.power(2.0, x * attention.LOG2_E) if takes_shortcuts() else mx.exp(x)
+    return mx.power(2.0, x * LOG2_E) if takes_shortcuts() else mx.exp(x)
 
 
 class DequantizingLinear(nn.QuantizedLinear):
-    """An `nn.QuantizedLinear` that dequantizes its weight when there are many rows to multiply.
+    """An `nn.QuantizedLinear` that dequantizes its weight to multiply many rows.
 
-    The gradient of the input dequantizes once more instead of keeping the dense weight alive until
-    the backward pass.
+    The gradient of the input dequantizes again instead of keeping the dense weight until the
+    backward pass.
     """
 
     SETTINGS = ("group_size", "bits", "mode", "biases")
@@ -169,7 +170,7 @@ class DequantizingLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., input_dims) to (..., output_dims)."""
-        # For few rows quantized_matmul is about as good, and reads an eighth of the memory.
+        # For few rows quantized_matmul is about as fast, and reads an eighth of the memory.
         if x.size < MANY_ROWS * x.shape[-1]:
             return super().__call__(x)
         y = _frozen_product(self)(x)
@@ -177,21 +178,21 @@ class DequantizingLinear(nn.QuantizedLinear):
 
     def whole_weight(self) -> mx.array:
         """The weight dequantized: (output_dims, input_dims), float32."""
-        # A copy of this layer with another weight has what was kept of this one.
+        # A copy of this layer with another weight still holds the one kept here.
         kept = self.kept is not None and self.kept_of is self.weight
         return self.kept if kept else dense_weight(self)
 
     def keep(self) -> None:
-        """Dequantize once and for all; the packed weight stays what is saved."""
+        """Dequantize once; the packed weight remains the parameter that is saved."""
         weight = dense_weight(self)
         mx.eval(weight)
-        # Past nn.Module's own setter: this is no parameter.
+        # Not through nn.Module's setter, which would make it a parameter.
         object.__setattr__(self, "kept", weight)
         object.__setattr__(self, "kept_of", self.weight)
 
 
 def _frozen_product(linear: "DequantizingLinear") -> Any:
-    """x -> x W^T with a gradient for x alone, W dequantized anew in each direction."""
+    """x -> x W^T with a gradient for x only; W is dequantized again in each direction."""
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
@@ -205,9 +206,9 @@ def _frozen_product(linear: "DequantizingLinear") -> Any:
 
 
 class CpuLoRALinear(LoRALinear):
-    """A LoRA layer that computes base and update in one product, in half the passes over memory.
+    """A LoRA layer that adds base and update in one pass, with half the passes over memory.
 
-    It does so for rows enough and with nothing dropped out; otherwise as its parent.
+    It does so for many rows without dropout; otherwise it computes as its parent.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -220,7 +221,7 @@ class CpuLoRALinear(LoRALinear):
         return y + self.linear.bias if "bias" in self.linear else y
 
     def multiplies_at_once(self, x: mx.array) -> bool:
-        """Whether an input is computed in one product."""
+        """Whether base and update of this input are added in one pass."""
         drops = self.training and self.dropout._p_1 != 1
         return (
             not drops

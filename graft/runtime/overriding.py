@@ -16,7 +16,7 @@ def variant(cls: type, *bases: type, **members: Any) -> type:
         bases: further base classes; their members come first.
         members: methods and attributes by name.
     """
-    return type(cls.__name__, (*bases, cls), members)
+    return type(cls.__name__, (*bases, cls), {"__module__": cls.__module__, **members})
 
 
 def override(objects: Sequence[Any], make: Callable[[Any], type]) -> Callable[[], None]:

@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 _END: Any = object()
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """The items in order, each made in another thread while the one before is in use.
 
     Nothing is made before the first is asked for. What fails in making one is raised where it is

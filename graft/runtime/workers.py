@@ -5,7 +5,7 @@ it. With a part of the batch for each core, each with a BLAS of one thread, ever
 all cores, too. Each part but the first has a process of its own: within one, MLX hands out so
 little work ahead, for all streams together, that they keep waiting for each other. A process is
 forked when it is first needed, so that it shares the model's memory. Results are the same every
-time, and those of one lane to rounding, but for what is dropped out at random.
+time, and those of one worker to rounding, but for what is dropped out at random.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
-def choose_lanes(asked: int | None, batch_size: int) -> int:
-    """How many lanes: by default one a core on Linux's CPU, and elsewhere always one.
+def choose_workers(asked: int | None, batch_size: int) -> int:
+    """How many workers: by default one a core on Linux's CPU, and elsewhere always one.
 
     Args:
         asked: by the user.
@@ -48,16 +48,16 @@ def choose_lanes(asked: int | None, batch_size: int) -> int:
     if sys.platform == "linux" and runs_on_cpu():
         return min(asked or len(os.sched_getaffinity(0)), batch_size)
     if asked not in (None, 1):
-        raise InputError(f"--lanes {asked}: only Linux's CPU has several; give 1")
+        raise InputError(f"--workers {asked}: only on a Linux CPU can there be several; give 1")
     return 1
 
 
-def groups(items: Sequence[Item], lanes: int) -> list[Sequence[Item]]:
-    """The items in order, as many at a time as there are lanes."""
-    return [items[start : start + lanes] for start in range(0, len(items), lanes)]
+def in_groups(items: Sequence[Item], workers: int) -> list[Sequence[Item]]:
+    """The items in order, as many at a time as there are workers."""
+    return [items[start : start + workers] for start in range(0, len(items), workers)]
 
 
-class Lanes:
+class Workers:
     """Calls a function for several items at the same time; a context that ends its processes.
 
     Args:
@@ -98,7 +98,7 @@ class Lanes:
         _note_peak(sum(other.peak for other in self._others))
         return [first, *others]
 
-    def __enter__(self) -> "Lanes":
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,13 +120,13 @@ class Lanes:
 _peak = 0
 
 
-def peak_elsewhere() -> int:
-    """Bytes that lanes of other processes took at most beside what they share, since the reset."""
+def worker_peak_bytes() -> int:
+    """Peak bytes of the worker processes beside what they share, since the last reset."""
     return _peak
 
 
-def reset_peak_elsewhere() -> None:
-    """Begin anew with `peak_elsewhere`."""
+def reset_worker_peak() -> None:
+    """Begin anew with `worker_peak_bytes`."""
     global _peak
     _peak = 0
 
@@ -170,7 +170,7 @@ class _Other:
     def _lost(self) -> RunError:
         """What to raise: its status is that of a process which a lack of memory ends."""
         return RunError(
-            "the process of another lane ended, perhaps for lack of memory; --lanes 1 does without",
+            "a worker process ended, perhaps for lack of memory; --workers 1 needs none",
             status=128 + signal.SIGKILL,
         )
 
@@ -196,7 +196,9 @@ def _fork(function: Callable[[Any], Any]) -> _Other:
             ours.close()
             _serve(function, theirs, parent)
     except OSError as error:
-        raise RunError(f"no process for another lane ({error}); --lanes 1 does without") from error
+        raise RunError(
+            f"cannot start a worker process ({error}); --workers 1 needs none"
+        ) from error
     finally:
         if os.getpid() != parent:
             os._exit(1)
@@ -236,7 +238,7 @@ def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        error = RunError(f"{type(error).__name__} in another lane: {error}")
+        error = RunError(f"{type(error).__name__} in another worker: {error}")
     error.add_note(text)
     return error
 

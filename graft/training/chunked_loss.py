@@ -1,22 +1,23 @@
-"""Cross-entropy without whole logits.
+"""Cross-entropy in chunks, which never holds the logits of all tokens.
 
-Where the vocabulary is large, logits are most of what a training step holds, and half of what it
-computes. Here they exist a chunk at a time and for trained positions only, and their gradient,
-which cross-entropy gives at once, is made in the forward pass:
+With a large vocabulary, logits take most of a training step's memory and half of its time. Here
+they exist for one chunk of trained positions at a time, and their gradient, which cross-entropy has
+in closed form, is computed in the forward pass:
 
     loss = sum_t (logsumexp(z_t) - z_t[y_t]),   d loss / d h_t = W^T (softmax(z_t) - onehot(y_t))
 
-with z_t = W h_t. Architectures may change logits after their last layer, so a model's own logits
-are compared with those of the found layer once; where they differ, nothing is used.
+with z_t = W h_t. An architecture may change its logits after the last layer, so the model's logits
+are compared with those of the layer once; if they differ, the plain loss is used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from graft.adapters.attach import lora_layers
+from graft.console import say
 from graft.models import dense_weight, is_quantized, linear_dims, weight_shape
 from graft.runtime.agreement import agrees
 from graft.runtime.cpu import exponential, runs_on_cpu
@@ -28,7 +29,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# Logits at a time: 8 MB of them in float32, and as much again for their softmax.
+# Logits computed at a time: 8 MB in float32, and as much again for their softmax.
 CHUNK_VALUES = 2**21
 SMALLEST_CHUNK = 32
 LINEARS = (nn.Linear, nn.QuantizedLinear)
@@ -36,40 +37,31 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class Head:
-    """The last layer of a language model, by which hidden states become logits.
+    """The last layer of a language model, which turns hidden states into logits.
 
     Args:
-        module: a linear layer, or the embedding that it shares its weight with.
+        module: a linear layer, or the embedding whose weight is used for it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._name = "as_linear" if isinstance(module, EMBEDDINGS) else "__call__"
 
-    def cross_entropy(
-        self,
-        model: nn.Module,
-        inputs: mx.array,
-        targets: mx.array,
-        loss_mask: mx.array,
-        documents: mx.array | None = None,
-    ) -> mx.array:
-        """The summed cross-entropy of the trained tokens, in nats.
+    def cross_entropy(self, model: nn.Module, batch: Mapping[str, mx.array]) -> mx.array:
+        """Cross-entropy summed over the tokens of the loss mask, in nats.
 
         Args:
-            model: whose last layer this is; in training mode the gradient is made along with it.
-            inputs: (rows, tokens) token ids.
-            targets: (rows, tokens) the ids that follow.
-            loss_mask: (rows, tokens) bool.
-            documents: as for `graft.training.packing.forward`.
+            model: the model with this head; in training mode the gradient is computed as well.
+            batch: `inputs`, `targets`, `loss_mask` and perhaps `segment_ids`, each (rows, tokens).
         """
         with self.skipped():
-            hidden = forward(model, inputs, documents)
+            hidden = forward(model, batch["inputs"], batch.get("segment_ids"))
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        targets, loss_mask = targets.reshape(-1), loss_mask.reshape(-1)
-        places = _trained_positions(loss_mask)
-        if places is not None:
-            hidden, targets, loss_mask = hidden[places], targets[places], loss_mask[places]
+        targets, loss_mask = batch["targets"].reshape(-1), batch["loss_mask"].reshape(-1)
+        positions = _trained_positions(loss_mask)
+        if positions is not None:
+            hidden, targets = hidden[positions], targets[positions]
+            loss_mask = loss_mask[positions]
         return summed_cross_entropy(
             self.project(), hidden, targets, loss_mask, differentiable=model.training
         )
@@ -83,25 +75,25 @@ class Head:
 
     @contextmanager
     def skipped(self, factor: float = 1.0) -> Iterator[None]:
-        """While this lasts the model gives, times `factor`, what enters its last layer."""
+        """Until the context ends, the model returns `factor` times what enters its last layer."""
         with overridden([self._module], lambda cls: _passing(cls, self._name, factor)):
             yield
 
 
 def find_head(model: nn.Module) -> tuple[Head | None, str]:
-    """The last layer of a model, if its logits are what that layer gives.
+    """The last layer of a model, if the model's logits are the output of that layer.
 
     Args:
-        model: any; an adapter may be attached.
+        model: a language model, with or without an adapter.
 
     Returns:
-        The head, or `None` and why there is none.
+        The head, or `None` and the reason.
     """
     model.eval()
     tokens = mx.arange(16).reshape(2, 8)
     logits = model(tokens)
     adapted = {path for path, _ in lora_layers(model)}
-    reason = "none of its layers gives the logits"
+    reason = "no layer outputs the logits unchanged"
     for path, module in model.named_modules():
         if not _gives(module, logits.shape[-1]):
             continue
@@ -113,15 +105,15 @@ def find_head(model: nn.Module) -> tuple[Head | None, str]:
     return None, reason
 
 
-def avoid_whole_logits(model: nn.Module) -> None:
-    """Let the loss of `lora.py` do without whole logits, or say why it does not."""
+def use_chunked_loss(model: nn.Module) -> None:
+    """Let objectives compute their loss in chunks, or report why they cannot."""
     model.loss_head, reason = find_head(model)
     if model.loss_head is None:
-        print(f"loss: from whole logits, since {reason}")
+        say(f"loss: chunked cross-entropy off because {reason}")
 
 
 def rows_of_a_chunk(vocabulary: int) -> int:
-    """Positions whose logits exist at one time."""
+    """Positions whose logits exist at the same time."""
     return max(CHUNK_VALUES // vocabulary, SMALLEST_CHUNK)
 
 
@@ -134,14 +126,14 @@ def summed_cross_entropy(
     differentiable: bool = True,
     chunk: int | None = None,
 ) -> mx.array:
-    """Cross-entropy of projected hidden states, summed over what is trained, in float32.
+    """Cross-entropy of projected hidden states, summed over the loss mask, in float32.
 
     Args:
-        project: hidden states (rows, dims) to logits (rows, vocabulary); linear, and not trained.
+        project: hidden states (rows, dims) to logits (rows, vocabulary); linear and frozen.
         hidden: (rows, dims).
         targets: (rows,) token ids.
-        loss_mask: (rows,) bool; what counts.
-        differentiable: make the gradient of `hidden` along with the loss.
+        loss_mask: (rows,) bool.
+        differentiable: compute the gradient of `hidden` along with the loss.
         chunk: rows at a time; by default as many as keep the logits small.
     """
     if hidden.shape[0] == 0:
@@ -153,7 +145,7 @@ def summed_cross_entropy(
         gradients: list[mx.array] = []
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            # One chunk after the other, or the logits of all of them would wait side by side.
+            # One chunk after another, or the logits of all of them would be computed at once.
             waiting: Any = mx.depends([hidden[part]], [total, *gradients[-1:]])
             rows = waiting[0]
             loss, gradient = _chunk(project, rows, targets[part], loss_mask[part], differentiable)
@@ -180,14 +172,14 @@ def _chunk(
     loss_mask: mx.array,
     differentiable: bool,
 ) -> tuple[mx.array, list[mx.array]]:
-    """Summed loss of some rows and, if wanted, its gradient with respect to `hidden`."""
+    """Summed loss of some rows and, if asked for, its gradient with respect to `hidden`."""
     raw = project(hidden)
     logits, places = raw.astype(mx.float32), targets[:, None]
     wanted = mx.take_along_axis(logits, places, axis=-1)
     if not differentiable:
         return ((mx.logsumexp(logits, axis=-1, keepdims=True) - wanted)[:, 0] * loss_mask).sum(), []
-    # What this costs beside the products is passes over the logits, and most of all exponentials:
-    # these are taken once, for loss and gradient, and scaled where there are fewer numbers.
+    # Apart from the matrix products, passes over the logits cost most, exponentials above all:
+    # they are computed once for loss and gradient, and scaled where there are fewer numbers.
     top = logits.max(axis=-1, keepdims=True)
     powers = exponential(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
@@ -197,13 +189,13 @@ def _chunk(
     if raw.dtype == hidden.dtype == mx.float32:
         _, (gradient,) = mx.vjp(project, [hidden], [error])
         return loss.sum(), [gradient * scale]
-    # Half precision may not hold what is not scaled.
+    # Unscaled errors may overflow half precision.
     _, (gradient,) = mx.vjp(project, [hidden], [(error * scale).astype(raw.dtype)])
     return loss.sum(), [gradient]
 
 
 def _trained_positions(loss_mask: mx.array) -> mx.array | None:
-    """Where `loss_mask` holds; `None` where shapes must not depend on values, as in compiling."""
+    """Indices of the loss mask; `None` on a GPU, where shapes must not depend on values."""
     return mx.array(np.flatnonzero(np.array(loss_mask))) if runs_on_cpu() else None
 
 
@@ -220,7 +212,7 @@ def _gives(module: nn.Module, vocabulary: int) -> bool:
 
 
 def _explains(head: Head, model: nn.Module, tokens: mx.array, logits: mx.array) -> bool:
-    """Whether the model's logits are the head's, and nothing bends them afterwards."""
+    """Whether the model's logits are the head's output, scaled by nothing and capped by nothing."""
     factor = 1000.0
     try:
         with head.skipped():
@@ -228,6 +220,6 @@ def _explains(head: Head, model: nn.Module, tokens: mx.array, logits: mx.array) 
         with head.skipped(factor):
             larger = model(tokens)
         found = head.project()(hidden)
-    except Exception:  # Taken for the head, another layer breaks a model in its own way.
+    except Exception:  # Skipping a layer that is not the head breaks each model in another way.
         return False
     return agrees(found, logits) and agrees(larger / factor, hidden)

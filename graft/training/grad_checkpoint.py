@@ -1,7 +1,7 @@
 """Gradient checkpointing: less memory for about a third more time.
 
-A transformer block keeps its input and computes the rest again when the gradient needs it, with the
-same random numbers as before.
+A transformer block keeps only its input and recomputes its activations in the backward pass, with
+the same random numbers and on the same fast paths.
 Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016),
 https://arxiv.org/abs/1604.06174.
 """
@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from graft.errors import InputError
+from graft.runtime.attention import current_functions
 from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ import mlx.nn as nn
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every transformer block of `model` recompute its inside in the backward pass, once.
+    """Make every transformer block of `model` recompute its activations in the backward pass.
 
     Raises:
         InputError: the model has no list of blocks.
@@ -32,19 +33,19 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 
 def _recomputing(block_type: Any) -> Any:
-    """A block type that computes as `block_type` does and keeps less."""
+    """A subclass of `block_type` that computes the same and keeps less."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         key = mx.array(_random_key())
-        again = False
+        recomputing, functions = False, current_functions()
 
         def inside(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.update(parameters)
-            with _randomness_from(key) if again else nullcontext():
+            with _randomness_from(key) if recomputing else nullcontext(), functions():
                 return block_type.__call__(self, *args, **kwargs)
 
         result = mx.checkpoint(inside)(self.trainable_parameters(), *args, **kwargs)
-        again = True
+        recomputing = True
         return result
 
     return variant(block_type, __call__=call, recomputes=True)
@@ -52,9 +53,9 @@ def _recomputing(block_type: Any) -> Any:
 
 @contextmanager
 def _randomness_from(key: mx.array) -> Iterator[None]:
-    """Draw the random numbers that follow `key`; those drawn afterwards are what they would be."""
+    """Draw the random numbers that follow `key`; later ones are as if none had been drawn."""
     now = mx.array(_random_key())
-    # MLX has no way to set its key but to write into the array that it holds.
+    # The only way to set MLX's key is to write into the array that holds it.
     _random_key()[...] = key
     try:
         yield
@@ -63,6 +64,6 @@ def _randomness_from(key: mx.array) -> Iterator[None]:
 
 
 def _random_key() -> mx.array:
-    """The array in which MLX keeps its random state."""
+    """The array that holds MLX's random state."""
     state: Any = mx.random.state
     return state[0]

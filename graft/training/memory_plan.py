@@ -1,42 +1,34 @@
-"""How much memory a training takes, and a plan by which it stays within a budget.
+"""The memory plan of a training: how many rows to compute at a time, within a budget.
 
-What is alive at the peak depends on architecture, method, backend and on how far MLX runs ahead of
-its workers. So it is measured and not modelled: a rehearsal does all the work of an update on the
-widest micro-batch and changes nothing. Under a budget rehearsals begin with part of a row and grow
-while what they took so far says that the next one fits. Knows nothing of data, losses or files.
+Peak memory depends on the architecture, the adapter method, the backend and how far ahead MLX
+schedules work, so it is measured and not modelled: a dry run does all the work of an update on the
+widest micro-batch and changes nothing. Under a budget, dry runs begin with part of a row and grow
+as long as the measured peaks predict that the next one fits. Knows nothing of data or losses.
 """
 
-import gc
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from graft.console import bytes_text, parse_bytes
 from graft.errors import InputError
-from graft.runtime.workers import peak_elsewhere, reset_peak_elsewhere
 
-import mlx.core as mx
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# The first rehearsals take an eighth, a quarter and half of the tokens.
+# The first dry runs take an eighth, a quarter and half of the tokens.
 PARTS = (8, 4, 2, 1)
-# Peaks of equal steps differ by a few percent, as workers are quick or slow.
+# Peaks of equal steps differ by a few percent, depending on how workers are scheduled.
 VARIATION = 1.04
-# What a budget allows besides that is told to be enough: whole weights that come back with it.
-AMPLE = 1.08
+# Added to the smallest budget that is suggested: it also has to hold dequantized weights.
+MARGIN = 1.08
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """How the rows of a batch are computed.
 
     Attributes:
-        rows: at a time; the others follow, and their gradients are added up.
-        recompute: whether blocks compute again in the backward pass instead of keeping.
-        peak_bytes: what that takes, as rehearsed; 0 where it was not tried.
+        rows: rows at a time; the gradients of the others are added one after another.
+        recompute: whether blocks recompute their activations in the backward pass.
+        peak_bytes: peak memory of a dry run; 0 if there was none.
     """
 
     rows: int
@@ -44,143 +36,83 @@ class Plan:
     peak_bytes: int = field(default=0, compare=False)
 
 
-# (plan, part) -> peak bytes of an update by that plan, of 1 / part of the tokens of its rows.
-Rehearse = Callable[[Plan, int], int]
+# (plan, part) -> peak bytes of an update by that plan, with 1 / part of the tokens of its rows.
+DryRun = Callable[[MemoryPlan, int], int]
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 12GB, 900MB or 1.5GiB.
+def parse_budget(text: str) -> int:
+    """The bytes of `--memory-budget`.
 
     Raises:
-        InputError: it is none.
+        InputError: the text is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)", text.strip())
-    if match is None or match[2].upper() not in UNITS or not float(match[1]):
-        raise InputError(f"--memory-budget {text}: give a size such as 12GB, 900MB or 1.5GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def size_text(size: int) -> str:
-    """Bytes as a person reads them, to be given back to `parse_size`."""
-    return f"{size / 1e9:.2f}GB" if size >= 1e9 else f"{size / 1e6:.0f}MB"
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """While this lasts, Python's garbage collector leaves alone what was there before.
-
-    A loaded model stays, and looking through all of it takes as long as a small step.
-    """
-    gc.freeze()
     try:
-        yield
-    finally:
-        gc.unfreeze()
+        return parse_bytes(text)
+    except InputError as error:
+        raise InputError(f"--memory-budget {error}") from error
 
 
-def machine_bytes() -> int:
-    """Memory that the default device can use: the GPU's, or the machine's for a CPU."""
-    size = mx.device_info().get("memory_size")
-    return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def peak_bytes() -> int:
-    """Bytes that were in use at most, as MLX counts them, and in lanes of other processes."""
-    return int(mx.get_peak_memory()) + peak_elsewhere()
-
-
-def reset_peak() -> None:
-    """Begin anew with `peak_bytes`."""
-    mx.reset_peak_memory()
-    reset_peak_elsewhere()
-
-
-def peak_of(work: Callable[[], object]) -> int:
-    """Bytes in use at the peak of `work`, as MLX counts them, with all that was there before."""
-    mx.reset_peak_memory()
-    work()
-    return int(mx.get_peak_memory())
-
-
-def set_limits(budget: int | None, peak: int = 0) -> None:
-    """Hold MLX to a budget, and on Metal to what the system recommends.
-
-    Above the budget MLX waits for work that is under way before it starts more. What it keeps of
-    freed memory is limited to what the peak leaves, and on Metal so is what stays resident.
-
-    Args:
-        budget: in bytes; `None` where there is none.
-        peak: what is in use at most, as far as it is known.
-    """
-    limits = [] if budget is None else [budget]
-    if mx.metal.is_available():
-        limits.append(int(mx.device_info()["max_recommended_working_set_size"]))
-        mx.set_wired_limit(min(limits))
-    if budget is not None:
-        mx.set_memory_limit(budget)
-    if limits:
-        mx.set_cache_limit(max(min(limits) - peak, 0))
-
-
-def measure(plan: Plan, rehearse: Rehearse, available: int) -> Plan:
-    """A plan with its peak, rehearsed unless parts of a row tell that it cannot fit.
+def measure(plan: MemoryPlan, dry_run: DryRun, available: int) -> MemoryPlan:
+    """A plan with its peak, measured unless parts of a row show that it cannot fit.
 
     Args:
         plan: as asked for.
-        rehearse: measures.
-        available: bytes that there are.
+        dry_run: measures a plan.
+        available: bytes of the machine.
     """
     first, second = PARTS[:2]
-    small, more = (rehearse(Plan(1, plan.recompute), part) for part in (first, second))
-    # All tokens take at least as much more for each part as the second took more than the first.
+    small, more = (dry_run(MemoryPlan(1, plan.recompute), part) for part in (first, second))
+    # Every further part takes at least as much as the second took beyond the first.
     if more + (more - small) * (plan.rows * first - 2) > available:
         return plan
-    return replace(plan, peak_bytes=rehearse(plan, 1))
+    return replace(plan, peak_bytes=dry_run(plan, 1))
 
 
 def choose_plan(
-    asked: Plan,
-    rehearse: Rehearse,
+    asked: MemoryPlan,
+    dry_run: DryRun,
     *,
     budget: int,
     available: int,
     held: int = 0,
-) -> Plan:
-    """The fastest plan within a budget: the most rows at a time, recomputing only for lack of it.
+) -> MemoryPlan:
+    """The fastest plan within a budget: the most rows, recomputing only if one row is too much.
 
     Args:
-        asked: with the rows to divide, evenly, and whether to recompute in any case.
-        rehearse: measures; once it was given a plan that recomputes, only such ones follow.
+        asked: the rows to divide evenly, and whether to recompute in any case.
+        dry_run: measures a plan; after one that recomputes, only such plans follow.
         budget: in bytes.
-        available: bytes that there are; the least plan is rehearsed within them, to tell its peak.
+        available: bytes of the machine; the smallest plan is measured within them.
         held: bytes of the budget that MLX does not count.
 
     Raises:
-        InputError: no plan stays within the budget; the smallest that one does is told.
+        InputError: no plan fits the budget; the message gives the smallest budget that would.
     """
-    tried: list[Plan] = []
+    tried: list[MemoryPlan] = []
     limit = (budget - held) / VARIATION
     for recompute in [True] if asked.recompute else [False, True]:
         for_one_row = available if recompute else limit
-        tried = list(_climb(Plan(asked.rows, recompute), rehearse, limit, for_one_row))
+        tried = list(_climb(MemoryPlan(asked.rows, recompute), dry_run, limit, for_one_row))
         fitting = [plan for plan in tried if plan.peak_bytes <= limit]
         if fitting:
             return fitting[-1]
-    takes = f"more than the {size_text(available)} that there are"
+    needs = f"more than the {bytes_text(available)} of this machine"
     if tried:
-        takes = f"at least {size_text(round(tried[0].peak_bytes * VARIATION * AMPLE) + held)}"
+        needs = f"at least {bytes_text(round(tried[0].peak_bytes * VARIATION * MARGIN) + held)}"
     raise InputError(
-        f"--memory-budget {size_text(budget)}: with one row at a time and its blocks recomputed "
-        f"this training takes {takes}; give as much, or shorter rows (--max-seq-length), fewer "
-        "layers (--lora-layers) or a model of fewer bits"
+        f"--memory-budget {bytes_text(budget)}: even with one row at a time and gradient "
+        f"checkpointing this training needs {needs}; raise the budget, or use shorter rows "
+        "(--max-seq-length), fewer layers (--lora-layers) or a model with fewer bits"
     )
 
 
-def _climb(most: Plan, rehearse: Rehearse, limit: float, for_one_row: float) -> Iterator[Plan]:
-    """Plans of more and more rows, rehearsed from a part of one row upwards.
+def _climb(
+    most: MemoryPlan, dry_run: DryRun, limit: float, for_one_row: float
+) -> Iterator[MemoryPlan]:
+    """Plans with more and more rows, measured from a part of one row upwards.
 
-    The last of them may be above the limit, but none is tried that is expected to be; up to one
-    row, another limit holds.
+    The last one may exceed the limit, but none is tried that is expected to. Up to one row, another
+    limit applies.
     """
     rows = [rows for rows in range(2, most.rows + 1) if most.rows % rows == 0]
     sizes: list[float] = []
@@ -188,9 +120,9 @@ def _climb(most: Plan, rehearse: Rehearse, limit: float, for_one_row: float) -> 
     for number, part in [*((1, part) for part in PARTS), *((number, 1) for number in rows)]:
         if _expected(sizes, peaks, number / part) > (for_one_row if number == 1 else limit):
             return
-        plan = Plan(number, most.recompute)
+        plan = MemoryPlan(number, most.recompute)
         sizes.append(number / part)
-        peaks.append(rehearse(plan, part))
+        peaks.append(dry_run(plan, part))
         if part == 1:
             yield replace(plan, peak_bytes=peaks[-1])
             if peaks[-1] > limit:
@@ -198,10 +130,10 @@ def _climb(most: Plan, rehearse: Rehearse, limit: float, for_one_row: float) -> 
 
 
 def _expected(sizes: Sequence[float], peaks: Sequence[int], size: float) -> float:
-    """What the next rehearsal takes, going by those before.
+    """The peak expected of the next dry run, extrapolated from the previous ones.
 
-    Linear in rows, and quadratic in tokens, where attention keeps its weights: there slopes grow by
-    twice as much each time as tokens double.
+    Linear in rows. In tokens it is quadratic where attention keeps its weights: slopes then grow by
+    twice as much each time the tokens double.
     """
     if len(peaks) < 2:
         return max(peaks, default=0)

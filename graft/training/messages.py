@@ -1,24 +1,28 @@
-"""What a person reads before the first step of a training and after the last."""
+"""What a person reads before the first training step and after the last."""
 
 import shlex
 import signal
 
-from graft.data.batches import TrainingBatches
-from graft.training.memory_plan import Plan, machine_bytes, size_text
+from graft.console import bytes_text
+from graft.runtime.memory import machine_bytes
+from graft.training.memory_plan import MemoryPlan
 from graft.training.options import Options
-from graft.training.progress import Progress
-from graft.training.run_folder import RunFiles, program
+from graft.training.run import Run
+from graft.training.run_folder import program
 
 
-def before(batches: TrainingBatches, options: Options, plan: Plan, *, steps: int, step: int) -> str:
+def start_message(run: Run) -> str:
     """How long the training is, how much of it is padding, and what memory it will take."""
-    accumulated = batches.step_size // plan.rows
-    parts = f" in {accumulated} parts" if accumulated > 1 else ""
+    batches, step = run.batches, run.progress.step
+    if run.finished:
+        return f"this run is finished: {step} of {run.steps} steps are done"
+    parts = batches.step_size // run.plan.rows
+    divided = f" in {parts} micro-batches" if parts > 1 else ""
     rows = "rows" if batches.capacity is None else "packed rows"
     lines = [
-        f"training: {steps:,} steps of {batches.step_size} {rows}{parts}, "
-        f"{batches.steps_per_epoch:,} to an epoch, {batches.padding_share:.1%} padding",
-        memory(plan, options),
+        f"training: {run.steps:,} steps of {batches.step_size} {rows}{divided}, "
+        f"{batches.steps_per_epoch:,} per epoch, {batches.padding_share:.1%} padding",
+        memory_message(run.plan, run.options),
     ]
     if batches.capacity is not None:
         lines.insert(
@@ -31,36 +35,34 @@ def before(batches: TrainingBatches, options: Options, plan: Plan, *, steps: int
     return "\n".join(lines)
 
 
-def memory(plan: Plan, options: Options) -> str:
+def memory_message(plan: MemoryPlan, options: Options) -> str:
     """What memory the training will take, and what was chosen for a budget."""
-    available = machine_bytes()
+    machine = bytes_text(machine_bytes())
     if not plan.peak_bytes:
-        there = f"more than the {available / 1e9:.0f} GB that there are"
-        return f"memory: {there}; --memory-budget {size_text(available)} chooses what fits"
+        size = machine.replace(" ", "")
+        return f"memory: more than the {machine} of this machine; --memory-budget {size} may fit"
     if options.memory_budget is None:
-        return f"memory: about {plan.peak_bytes / 1e9:.2f} GB of {available / 1e9:.0f} GB"
-    rows = f"{plan.rows} of {options.batch_size} rows at a time"
-    blocks = "recomputed" if plan.recompute else "kept"
+        return f"memory: about {bytes_text(plan.peak_bytes)} of {machine}"
+    checkpointing = "on" if plan.recompute else "off"
     return (
-        f"memory: {rows}, the inside of blocks {blocks}: about {size_text(plan.peak_bytes)} of "
-        f"{options.memory_budget}"
+        f"memory: micro-batch {plan.rows} of {options.batch_size}, gradient checkpointing "
+        f"{checkpointing}, about {bytes_text(plan.peak_bytes)} of {options.memory_budget}"
     )
 
 
-def after(
-    progress: Progress, files: RunFiles, options: Options, received: signal.Signals | None
-) -> str:
-    """Where everything is and what to type next."""
+def end_message(run: Run, received: signal.Signals | None) -> str:
+    """Where the results are and what to type next."""
+    progress, folder = run.progress, run.folder
     if received is not None:
-        return f"stopped after step {progress.step:,}; go on with: {files.resume_command}"
+        return f"stopped after step {progress.step:,}; continue with: {folder.resume_command}"
     lines = []
-    if progress.is_stale(options.early_stop):
-        lines.append(f"stopped: {progress.stale_evaluations} validations without a better one")
-    lines.append(f"adapter {files.adapter}, metrics {files.metrics}, options {files.options}")
+    if progress.is_stale(run.options.early_stop):
+        lines.append(f"stopped: {progress.stale_evaluations} validations without improvement")
+    lines.append(f"adapter {folder.adapter}, metrics {folder.metrics}, options {folder.options}")
     if progress.best_loss is not None:
         best = f"best validation loss {progress.best_loss:.3f} at step {progress.best_step:,}"
-        lines.append(f"{best}: {files.best}")
-    model = f" --model {shlex.quote(options.model)}" if options.model else ""
-    shown = f"{program()}{model} --adapter-file {shlex.quote(str(files.adapter))}"
-    lines += [f"measure it: {shown} --test", f"talk to it: {shown} --prompt TEXT"]
+        lines.append(f"{best}: {folder.best}")
+    model = f" --model {shlex.quote(run.options.model)}" if run.options.model else ""
+    call = f"{program()}{model} --adapter-file {shlex.quote(str(folder.adapter))}"
+    lines += [f"evaluate it: {call} --test", f"talk to it: {call} --prompt TEXT"]
     return "\n".join(lines)

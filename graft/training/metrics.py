@@ -1,57 +1,39 @@
-"""What a run reports: `metrics.jsonl` beside the adapter, and a display for the person who waits.
+"""Metrics of a run: `metrics.jsonl` in its folder, and reports on the terminal.
 
-On a terminal the display is one live line under the reports; elsewhere the reports are plain lines.
+On a terminal, one live line stays under the reports; elsewhere the reports are plain lines.
 """
 
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from graft.console import bytes_text
+from graft.runtime.memory import peak_bytes
 from graft.storage.atomic import errors_name
-from graft.training.memory_plan import peak_bytes
+from graft.training.evaluate import Evaluation
 from graft.training.reporters import Reporter
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss over a split.
-
-    Attributes:
-        loss: mean over trained tokens, in nats.
-        tokens: how many those are.
-        seconds: how long it took.
-    """
-
-    loss: float
-    tokens: int
-    seconds: float
-
-    @property
-    def perplexity(self) -> float:
-        """e to the loss; infinite where that overflows."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
-
-
 class RunLog:
-    """Writes a run's metrics to a file, line by line, and shows them; a context manager.
+    """Writes a run's metrics to a file, line by line, and prints them; a context manager.
 
     Args:
-        path: of metrics.jsonl; `None` writes none.
-        steps: how many steps of training are to be shown in a live line.
-        console: where to show it; standard output by default.
-        resume_at: keep so many bytes of the file, those of the run that is resumed.
-        seconds: that this run had taken before.
-        reporter: is given each line too; of `graft.training.reporters`.
+        path: of metrics.jsonl; `None` writes no file.
+        steps: steps of training, for the live line; 0 shows none.
+        console: where to print; standard output by default.
+        resume_at: bytes of the file to keep: those of the run that is resumed.
+        seconds: time that this run had taken before.
+        reporter: gets each line too; from `graft.training.reporters`.
+
+    Attributes:
+        lines: the lines written so far by this process.
     """
 
     def __init__(
@@ -69,6 +51,7 @@ class RunLog:
         self._resume_at = resume_at
         self._start = time.perf_counter() - seconds
         self._reporter = reporter
+        self.lines: list[dict[str, Any]] = []
         self._console = console or Console(highlight=False)
         self._progress = Progress(
             TextColumn("  training"),
@@ -106,16 +89,16 @@ class RunLog:
 
     @property
     def size_bytes(self) -> int:
-        """How much of the file is written: what `resume_at` takes."""
+        """Bytes of the file so far, for `resume_at`."""
         return self._file.tell() if self._file is not None else 0
 
     @property
     def seconds(self) -> float:
-        """Since the run started."""
+        """Time since the run started."""
         return time.perf_counter() - self._start
 
     def step(self, step: int) -> None:
-        """Move the display on."""
+        """Update the live line."""
         self._progress.update(self._task, completed=step)
 
     def train(
@@ -127,8 +110,9 @@ class RunLog:
         tokens_per_second: float,
         learning_rate: float,
         grad_norm: float,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Report the training loss since the last report."""
+        """Report the training loss, and the objective's further metrics, since the last report."""
         memory = peak_bytes()
         self._write(
             "train",
@@ -139,13 +123,14 @@ class RunLog:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             peak_memory_bytes=memory,
+            **(metrics or {}),
         )
-        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory / 1e9:.2f} GB"
+        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {bytes_text(memory)}"
         self._progress.update(self._task, status=status)
         self.say(f"step {step:>5}  train {status}  lr {learning_rate:.2e}")
 
     def evaluation(self, step: int | None, split: str, result: Evaluation) -> None:
-        """Report the loss over a split; `step` is `None` outside a training."""
+        """Report the loss over a split; `step` is `None` outside of training."""
         self._write(
             "eval",
             split=split,
@@ -153,25 +138,27 @@ class RunLog:
             loss=result.loss,
             perplexity=result.perplexity,
             tokens=result.tokens,
+            **result.metrics,
         )
-        after = "" if step is None else f"step {step:>5}  "
+        prefix = "" if step is None else f"step {step:>5}  "
         self.say(
-            f"{after}{split} loss {result.loss:.3f}  perplexity {result.perplexity:.2f}"
+            f"{prefix}{split} loss {result.loss:.3f}  perplexity {result.perplexity:.2f}"
             f"  ({result.tokens:,} tokens, {result.seconds:.1f} s)"
         )
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Report that something happened."""
+        """Record an event."""
         self._write("event", step=step, event=event, **details)
 
     def say(self, text: str) -> None:
-        """Print a line without disturbing the live display."""
+        """Print a line above the live line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _write(self, kind: str, **values: Any) -> None:
         line = {"kind": kind, **values, "seconds": round(self.seconds, 3)}
         # JSON has no NaN and no infinity.
         line = {name: None if _not_finite(value) else value for name, value in line.items()}
+        self.lines.append(line)
         if self._path is not None and self._file is not None:
             with errors_name(self._path):
                 self._file.write(json.dumps(line) + "\n")

@@ -1,8 +1,12 @@
-"""Optimizers and learning-rate schedules by name, all of them MLX's own."""
+"""Optimizers and learning-rate schedules by name, all of them MLX's.
 
-from collections.abc import Callable, Mapping
+Also names the arrays of an optimizer's state after the parameters that they belong to, so that a
+checkpoint does not depend on the order of anything.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 from graft.errors import InputError
 
@@ -24,12 +28,12 @@ OPTIMIZERS: dict[str, Callable[[float], optim.Optimizer]] = {
 }
 WITHOUT_WEIGHT_DECAY = ("adam",)
 LORA_B = "lora_b"
-# Values of an array that is updated by itself.
-LARGE = 2**18
-# What these do to an entry depends on the rows and columns around it.
+# Parameters of at least this size are updated one by one, smaller ones together.
+LARGE_SIZE = 2**18
+# Optimizers whose update of an entry depends on its row and column.
 MATRIX_WISE = ("adafactor", "muon")
 
-# What follows the warm-up: (learning rate, steps) -> its course over those steps.
+# After the warm-up: (peak rate, steps) -> the learning rate as a function of the step.
 SCHEDULES: dict[str, Callable[[float, int], Callable[[mx.array], mx.array]]] = {
     "constant": lambda rate, steps: lambda step: mx.array(rate),
     "linear": lambda rate, steps: optim.linear_schedule(rate, 0.0, steps),
@@ -40,14 +44,15 @@ SCHEDULES: dict[str, Callable[[float, int], Callable[[mx.array], mx.array]]] = {
 def make_optimizer(name: str, *, weight_decay: float = 0.0) -> optim.MultiOptimizer:
     """An optimizer for an adapter.
 
-    There are two of the kind in it, the first for `lora_b` and the second for all else, so that
-    their learning rates may differ (LoRA+: Hayou et al., 2024, https://arxiv.org/abs/2402.12354).
+    It holds two of the same type, the first for `lora_b` and the second for everything else, so
+    that their learning rates can differ (LoRA+: Hayou et al., 2024,
+    https://arxiv.org/abs/2402.12354).
 
     Raises:
-        InputError: weight decay for an optimizer that has none.
+        InputError: the optimizer has no weight decay, but some is asked for.
     """
     if weight_decay and name in WITHOUT_WEIGHT_DECAY:
-        raise InputError(f"--weight-decay {weight_decay}: {name} has none; take adamw")
+        raise InputError(f"--weight-decay {weight_decay}: {name} has none; use --optimizer adamw")
     pair = [OPTIMIZERS[name](weight_decay) for _ in range(2)]
     kind = optim.MultiOptimizer if name in MATRIX_WISE else _FlatOptimizer
     return kind(pair, [lambda path, array: path.endswith(LORA_B)])
@@ -56,7 +61,7 @@ def make_optimizer(name: str, *, weight_decay: float = 0.0) -> optim.MultiOptimi
 def set_learning_rate(
     optimizer: optim.MultiOptimizer, rate: float, *, lora_plus_ratio: float = 1.0
 ) -> None:
-    """Set the learning rate of an optimizer of `make_optimizer`: `rate`, times the ratio for B."""
+    """Set the learning rate of an optimizer from `make_optimizer`; `lora_b` gets ratio * rate."""
     for_b, for_others = optimizer.optimizers
     for_b.learning_rate = rate * lora_plus_ratio
     for_others.learning_rate = rate
@@ -67,22 +72,93 @@ def make_schedule(
 ) -> Callable[[int], float]:
     """The learning rate as a function of the step, counted from 1.
 
-    It rises linearly to `rate` at step `warmup_steps`. From there it stays, or falls in a line or
-    along half a cosine, to reach zero only after the last step.
+    It rises linearly to `rate` at step `warmup_steps`. From there it stays constant, or falls
+    linearly or along half a cosine, reaching zero only after the last step.
     """
-    course = SCHEDULES[name](rate, max(steps - warmup_steps, 1))
+    schedule = SCHEDULES[name](rate, max(steps - warmup_steps, 1))
     if warmup_steps:
-        rise = optim.linear_schedule(0.0, rate, warmup_steps)
-        course = optim.join_schedules([rise, course], [warmup_steps + 1])
-        return lambda step: _number(course(mx.array(step)))
-    return lambda step: _number(course(mx.array(step - 1)))
+        warm_up = optim.linear_schedule(0.0, rate, warmup_steps)
+        schedule = optim.join_schedules([warm_up, schedule], [warmup_steps + 1])
+        return lambda step: _number(schedule(mx.array(step)))
+    return lambda step: _number(schedule(mx.array(step - 1)))
+
+
+def named_state(
+    optimizer: optim.MultiOptimizer, parameters: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """The arrays of an optimizer's state under names that do not depend on any order.
+
+    Args:
+        optimizer: of `make_optimizer`, initialized.
+        parameters: what it updates, by path.
+
+    Returns:
+        `PATH.m`, `PATH.v` and so on for the parameter at PATH, and `0.step`, `1.learning_rate` and
+        so on for the two optimizers.
+    """
+    groups = _groups(parameters)
+    named = {}
+    for number, path, array in state_arrays(optimizer):
+        group, _, kind = path.rpartition(".")
+        if group not in groups:
+            named[_plain_name(number, path, parameters)] = array
+            continue
+        for parameter, part in _split(array, groups[group], parameters).items():
+            named[f"{parameter}.{kind}"] = part
+    return named
+
+
+def restore_named_state(
+    optimizer: optim.MultiOptimizer,
+    parameters: Mapping[str, mx.array],
+    named: Mapping[str, mx.array],
+) -> None:
+    """Put back the arrays that `named_state` returned.
+
+    Raises:
+        KeyError: an array is missing.
+    """
+    groups = _groups(parameters)
+    for number, path, _ in state_arrays(optimizer):
+        group, _, kind = path.rpartition(".")
+        if group in groups:
+            parts = [named[f"{parameter}.{kind}"].reshape(-1) for parameter in groups[group]]
+            array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        else:
+            array = named[_plain_name(number, path, parameters)]
+        set_state_array(optimizer, number, path, array)
+
+
+def state_arrays(optimizer: optim.MultiOptimizer) -> list[tuple[int, str, mx.array]]:
+    """(optimizer, path in its state, array) of every array of an optimizer's state."""
+    return [
+        (number, path, array)
+        for number, single in enumerate(optimizer.optimizers)
+        for path, array in cast(Any, tree_flatten(single.state))
+    ]
+
+
+def set_state_array(
+    optimizer: optim.MultiOptimizer, number: int, path: str, array: mx.array
+) -> None:
+    """Replace one of `state_arrays`."""
+    holder: Any = optimizer.optimizers[number].state
+    *keys, last = path.split(".")
+    for key in keys:
+        holder = holder[int(key) if isinstance(holder, list) else key]
+    holder[last] = array
+
+
+def _plain_name(number: int, path: str, parameters: Mapping[str, mx.array]) -> str:
+    """A name for an array of no group: that of its parameter, or of one of the optimizers."""
+    return path if path.rpartition(".")[0] in parameters else f"{number}.{path}"
 
 
 class _FlatOptimizer(optim.MultiOptimizer):
     """Updates all small parameters of a group as one vector.
 
-    An adapter has hundreds of small matrices, and calling an operation takes longer than it. Large
-    ones stay as they are, since joining them takes memory.
+    An adapter has hundreds of small matrices, and starting an operation takes longer than the
+    operation. Large matrices are updated one by one, since joining them takes memory.
     """
 
     def init(self, parameters: Any) -> None:
@@ -106,22 +182,29 @@ def _joined(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 def _divided(vectors: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The arrays that `_joined` made vectors of."""
-    arrays = {}
+    arrays: dict[str, mx.array] = {}
     for name, paths in _groups(like).items():
-        ends = list(accumulate(like[path].size for path in paths))
-        for path, part in zip(paths, mx.split(vectors[name], ends[:-1]), strict=True):
-            arrays[path] = part.reshape(like[path].shape)
+        arrays |= _split(vectors[name], paths, like)
     return arrays
+
+
+def _split(
+    vector: mx.array, paths: Sequence[str], like: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """The arrays at `paths` that a vector is made of, in the shapes of `like`."""
+    ends = list(accumulate(like[path].size for path in paths))
+    parts = mx.split(vector.reshape(-1), ends[:-1])
+    return {path: part.reshape(like[path].shape) for path, part in zip(paths, parts, strict=True)}
 
 
 def _groups(arrays: Mapping[str, mx.array]) -> dict[str, list[str]]:
     """The paths of small arrays of a type, those of `lora_b` apart, and of each large one."""
     groups: dict[str, list[str]] = {}
     for path, array in arrays.items():
-        if array.size < LARGE:
+        if array.size < LARGE_SIZE:
             name = LORA_B if path.endswith(LORA_B) else "others"
         else:
-            name = path.replace(".", " ")  # A dot would make a tree of it.
+            name = path.replace(".", " ")  # A dot would nest it in the tree.
         groups.setdefault(f"{array.dtype} {name}".removeprefix("mlx.core."), []).append(path)
     return groups
 

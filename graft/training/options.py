@@ -1,29 +1,26 @@
-"""Every option of `lora.py`, declared once.
+"""Options: everything that `lora.py` can be told, declared once.
 
-The command line, the YAML file of `--config` and the record that is saved beside an adapter all
-come from the fields of `Options`. Knows nothing of what the options do.
+The command line, the YAML file of `--config` and the record saved beside an adapter all come from
+the fields of `Options`. What the options do is decided elsewhere.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from graft.adapters.method_names import method_names
-from graft.cli.command import Parser
+from graft.console import did_you_mean
 from graft.errors import InputError
+from graft.training.objectives import OBJECTIVES
+from graft.training.optimizers import OPTIMIZERS, SCHEDULES
+from graft.training.reporters import REPORTERS
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
-TRUNK_CACHES = ("auto", "memory", "disk", "off")
-REPORTERS = ("wandb", "tensorboard")
+CACHE_PLACES = ("auto", "memory", "disk", "off")
 
 NO_ADAPTER = "none"
 DEFAULT_ADAPTER = "adapters/adapters.npz"
@@ -35,252 +32,378 @@ def option(
     default: Any,
     text: str,
     *,
-    short: Sequence[str] = (),
+    group: str,
+    flags: Sequence[str] = (),
+    formerly: str | None = None,
+    metavar: str | None = None,
     at_least: float | None = None,
     choices: Sequence[str] | None = None,
-    harmless: bool = False,
+    resumable: bool = False,
 ) -> Any:
     """A field of `Options`.
 
     Args:
-        default: its value where it is not given.
+        default: the value if it is not given.
         text: its help.
-        short: further flags.
-        at_least: the least value that makes sense; where that is -1, it stands for "all" and 0
-            makes no sense.
-        choices: all values there are.
-        harmless: whether a run can be resumed with another value; what `model` and `data` hold is
-            compared by itself.
+        group: the heading in `--help` that it is listed under.
+        flags: further flags.
+        formerly: the name it had in earlier versions, still read from files and command lines.
+        metavar: what stands for its value in the help.
+        at_least: the smallest value allowed; if that is -1, then -1 means "all" and 0 is refused.
+        choices: all values allowed.
+        resumable: whether a run can be resumed with another value; the contents of `model` and
+            `data` are compared separately.
     """
     metadata = {
         "help": text,
-        "short": tuple(short),
+        "group": group,
+        "flags": tuple(flags),
+        "formerly": formerly,
+        "metavar": metavar,
         "at_least": at_least,
-        "choices": choices,
-        "harmless": harmless,
+        "choices": None if choices is None else tuple(choices),
+        "resumable": resumable,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
+WHAT, DATA, ADAPTER, STEPS, MEMORY, REPORTS, KEEPING, TEST, GENERATION = GROUPS = (
+    "model and adapter",
+    "data",
+    "what is adapted",
+    "training",
+    "speed and memory",
+    "reports",
+    "saving and resuming",
+    "evaluation",
+    "generation",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a run of `lora.py` is told. Field `steps_per_eval` is `--steps-per-eval`, and so on."""
+    """The options of `lora.py`; the field `steps_per_eval` is `--steps-per-eval`, and so on."""
 
     model: str | None = option(
-        None, "model folder or Hub name (default: the embedded base model)", harmless=True
+        None,
+        "model folder or Hub name (default: the embedded model)",
+        group=WHAT,
+        metavar="MODEL",
+        resumable=True,
     )
     adapter_file: str | None = option(
         None,
         f"adapter to write or read; '{NO_ADAPTER}' for the base model (default: {DEFAULT_ADAPTER})",
+        group=WHAT,
+        metavar="FILE",
     )
-    seed: int = option(0, "seed of everything random", at_least=0)
+    seed: int = option(0, "random seed", group=WHAT, at_least=0)
 
-    train: bool = option(False, "train an adapter")
+    train: bool = option(False, "train an adapter", group=STEPS)
+    objective: str = option("sft", "what to minimize", group=STEPS, choices=OBJECTIVES)
     data: str = option(
         "datasets/mlx-docs",
-        "folder with train, valid and test (.jsonl, .parquet, .txt), one such file, folder of .txt "
-        "and .md files, or Hugging Face dataset as OWNER/NAME[:CONFIG]",
-        harmless=True,
+        "folder with train, valid and test files, one file, a folder of texts, or "
+        "OWNER/NAME[:CONFIG] on the Hub",
+        group=DATA,
+        metavar="DATA",
+        resumable=True,
     )
     valid_fraction: float = option(
         0.1,
-        "share set aside for validation where the data is not divided; --test then takes it too",
+        "fraction of rows held out for validation if the data has no valid split; --test uses the "
+        "same rows",
+        group=DATA,
         at_least=0,
     )
     mask_prompt: bool = option(
-        False, "learn completions and the assistant's turns only, not what they answer"
+        False, "compute the loss on completions and assistant turns only", group=DATA
     )
     overlap: int = option(
-        0, "tokens of plain text that a window repeats from the one before, untrained", at_least=0
-    )
-    lora_layers: int | None = option(
-        None,
-        "the last so many transformer layers are adapted, -1 for all (default: 16, or all)",
-    )
-    method: str = option("lora", f"training method: {', '.join(method_names())}")
-    targets: str | None = option(
-        None,
-        "what to adapt, by comma: names (q_proj, lm_head), paths, globs ('*.mlp.*'), all-linear, "
-        "all-norms, all-biases (default: all-linear, or what suits the method)",
-    )
-    rank: int = option(8, "rank of the adapter", at_least=1)
-    alpha: float | None = option(
-        None,
-        f"the update is scaled by alpha / rank (default: {DEFAULT_ALPHA:g}, or what an adapter "
-        "that is read tells)",
+        0,
+        "tokens that a window of plain text repeats from the previous one, untrained",
+        group=DATA,
         at_least=0,
-    )
-    rank_pattern: str | None = option(
-        None, "ranks of some layers, by names as for --targets: 'q_proj=16,*norm*=1'"
-    )
-    alpha_pattern: str | None = option(None, "alphas of some layers, likewise")
-    original_model: str | None = option(
-        None, "the model before quantization, for --method loftq: folder or Hub name"
-    )
-    dropout: float = option(0.0, "dropout on the adapter's input, 0 to 1", at_least=0)
-    batch_size: int = option(4, "rows at a time", at_least=1)
-    pack: bool = option(
-        False,
-        "put several rows into one of up to --max-seq-length tokens, where none sees the others; "
-        "--batch-size then counts these",
-    )
-    lanes: int | None = option(
-        None,
-        "parts of a batch that are computed side by side, each by a process (default: one a core "
-        "on Linux's CPU; elsewhere there is 1)",
-        at_least=1,
-    )
-    grad_accumulation_steps: int = option(
-        1, "add up the gradients of so many batches for one step", at_least=1
-    )
-    iters: int | None = option(
-        None, f"steps to train (default: {DEFAULT_ITERS})", at_least=1, harmless=True
-    )
-    epochs: float | None = option(
-        None, "how often to go over the data, instead of --iters", at_least=0, harmless=True
-    )
-    learning_rate: float = option(1e-4, "learning rate of the optimizer", at_least=0)
-    optimizer: str = option("adam", "what updates the adapter", choices=OPTIMIZERS)
-    lr_schedule: str = option(
-        "constant", "course of the learning rate after the warm-up", choices=SCHEDULES
-    )
-    warmup_steps: int = option(0, "steps in which the learning rate rises", at_least=0)
-    weight_decay: float = option(0.0, "decay of the adapter's weights a step", at_least=0)
-    grad_clip: float = option(0.0, "largest norm of the gradient, 0 for any", at_least=0)
-    lora_plus_ratio: float = option(
-        1.0, "learning rate of lora_b over that of lora_a (LoRA+)", at_least=0
-    )
-    grad_checkpoint: bool = option(
-        False, "compute again in the backward pass instead of keeping: less memory, more time"
-    )
-    memory_budget: str | None = option(
-        None,
-        "most memory that the training may take, such as 12GB: divides batches, recomputes and "
-        "places the trunk cache so that it fits",
-        harmless=True,
-    )
-    trunk_cache: str = option(
-        "auto",
-        "keep what enters the first adapted layer instead of computing it for every step; auto "
-        "does where rows are seen more than once and it fits",
-        choices=TRUNK_CACHES,
-    )
-    whole_logits: bool = option(
-        False, "compute the loss from whole logits: more memory and time, the same loss"
-    )
-    max_bad_steps: int = option(
-        5, "steps in a row that may fail to be finite", at_least=1, harmless=True
     )
     max_seq_length: int = option(
         2048,
-        "longest row in tokens; longer ones are cut (at most the model's own context)",
+        "longest row in tokens; longer rows are truncated (at most the model's context)",
+        group=DATA,
         at_least=2,
     )
-    add_eos_token: int = option(1, "end each row with the token that ends texts; 0 for no")
-    val_batches: int = option(25, "batches in a validation, -1 for all", at_least=-1, harmless=True)
-    steps_per_report: int = option(
-        10, "steps between reports of the training loss", at_least=1, harmless=True
+    add_eos_token: int = option(
+        1, "end each row with the end-of-text token; 0 leaves it out", group=DATA
     )
-    steps_per_eval: int = option(200, "steps between validations", at_least=1, harmless=True)
+
+    lora_layers: int | None = option(
+        None,
+        "adapt the last N transformer blocks; -1 adapts all (default: 16, or all if fewer)",
+        group=ADAPTER,
+    )
+    method: str = option(
+        "lora",
+        f"training method: {', '.join(method_names())}",
+        group=ADAPTER,
+        metavar="METHOD",
+    )
+    targets: str | None = option(
+        None,
+        "comma-separated names (q_proj, lm_head), paths, globs ('*.mlp.*'), all-linear, all-norms "
+        "or all-biases (default: all-linear, or what suits the method)",
+        group=ADAPTER,
+        metavar="NAMES",
+    )
+    rank: int = option(8, "rank of the adapter", group=ADAPTER, at_least=1)
+    alpha: float | None = option(
+        None,
+        f"the update is scaled by alpha / rank (default: {DEFAULT_ALPHA:g}, or that of the adapter "
+        "that is read)",
+        group=ADAPTER,
+        at_least=0,
+    )
+    rank_pattern: str | None = option(
+        None,
+        "ranks of some layers, named as in --targets: 'q_proj=16,*norm*=1' (default: --rank)",
+        group=ADAPTER,
+        metavar="NAME=N,...",
+    )
+    alpha_pattern: str | None = option(
+        None,
+        "alphas of some layers, as in --rank-pattern (default: --alpha)",
+        group=ADAPTER,
+        metavar="NAME=X,...",
+    )
+    original_model: str | None = option(
+        None,
+        "the model before quantization, for --method loftq (default: not needed)",
+        group=ADAPTER,
+        metavar="MODEL",
+    )
+    dropout: float = option(
+        0.0, "dropout on the adapter's input, 0 to 1", group=ADAPTER, at_least=0
+    )
+    resume_adapter_file: str | None = option(
+        None,
+        "start from the weights of this adapter, with a new optimizer (default: a new adapter)",
+        group=ADAPTER,
+        metavar="FILE",
+    )
+
+    batch_size: int = option(4, "rows per batch", group=STEPS, at_least=1)
+    grad_accumulation_steps: int = option(
+        1, "accumulate gradients over N batches per optimizer step", group=STEPS, at_least=1
+    )
+    iters: int | None = option(
+        None,
+        f"optimizer steps (default: {DEFAULT_ITERS})",
+        group=STEPS,
+        at_least=1,
+        resumable=True,
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the data, instead of --iters (default: --iters decides)",
+        group=STEPS,
+        at_least=0,
+        resumable=True,
+    )
+    learning_rate: float = option(1e-4, "peak learning rate", group=STEPS, at_least=0)
+    optimizer: str = option("adam", "optimizer", group=STEPS, choices=tuple(OPTIMIZERS))
+    lr_schedule: str = option(
+        "constant", "learning rate after the warm-up", group=STEPS, choices=tuple(SCHEDULES)
+    )
+    warmup_steps: int = option(
+        0, "steps over which the learning rate rises from 0", group=STEPS, at_least=0
+    )
+    weight_decay: float = option(
+        0.0, "weight decay on the adapter's parameters", group=STEPS, at_least=0
+    )
+    grad_clip: float = option(
+        0.0, "clip the gradient to this norm; 0 does not clip", group=STEPS, at_least=0
+    )
+    lora_plus_ratio: float = option(
+        1.0, "learning rate of lora_b over that of lora_a (LoRA+)", group=STEPS, at_least=0
+    )
     early_stop: int = option(
         0,
-        "stop after so many validations without a better one, 0 for never",
+        "stop after N validations without improvement; 0 never stops",
+        group=STEPS,
         at_least=0,
-        harmless=True,
+        resumable=True,
     )
+    max_nonfinite_steps: int = option(
+        5,
+        "roll back to the last checkpoint after N steps in a row with non-finite loss or gradient",
+        group=STEPS,
+        formerly="max_bad_steps",
+        at_least=1,
+        resumable=True,
+    )
+
+    pack: bool = option(
+        False,
+        "pack several rows into one of up to --max-seq-length tokens, kept apart by the attention "
+        "mask; --batch-size counts packed rows",
+        group=MEMORY,
+    )
+    workers: int | None = option(
+        None,
+        "processes that share each batch (default: one per core on a Linux CPU, 1 elsewhere)",
+        group=MEMORY,
+        formerly="lanes",
+        at_least=1,
+    )
+    grad_checkpoint: bool = option(
+        False,
+        "recompute activations in the backward pass: less memory, about a third more time",
+        group=MEMORY,
+    )
+    memory_budget: str | None = option(
+        None,
+        "limit on memory, such as 12GB: chooses micro-batches, gradient checkpointing and the "
+        "place of the activation cache (default: no limit)",
+        group=MEMORY,
+        metavar="SIZE",
+        resumable=True,
+    )
+    activation_cache: str = option(
+        "auto",
+        "cache the output of the frozen blocks below the first adapted one (auto: if training runs "
+        "for more than one epoch and the cache fits)",
+        group=MEMORY,
+        formerly="trunk_cache",
+        choices=CACHE_PLACES,
+    )
+    full_logits: bool = option(
+        False,
+        "compute the loss from all logits at once: the same loss, more memory and time",
+        group=MEMORY,
+        formerly="whole_logits",
+    )
+
+    val_batches: int = option(
+        25,
+        "batches per validation; -1 uses all rows",
+        group=REPORTS,
+        at_least=-1,
+        resumable=True,
+    )
+    steps_per_report: int = option(
+        10, "steps between reports of the training loss", group=REPORTS, at_least=1, resumable=True
+    )
+    steps_per_eval: int = option(
+        200, "steps between validations", group=REPORTS, at_least=1, resumable=True
+    )
+    report_to: str | None = option(
+        None,
+        "also send the metrics to this service (default: metrics.jsonl only)",
+        group=REPORTS,
+        choices=tuple(REPORTERS),
+        resumable=True,
+    )
+
     save_every: int = option(
-        100, "steps between saves of adapter and checkpoint", at_least=1, harmless=True
+        100,
+        "steps between saves of the adapter and a checkpoint",
+        group=KEEPING,
+        at_least=1,
+        resumable=True,
     )
-    keep_checkpoints: int = option(2, "how many checkpoints to keep", at_least=1, harmless=True)
-    resume: bool = option(False, "continue the run in the folder of --adapter-file", harmless=True)
+    keep_checkpoints: int = option(
+        2, "checkpoints to keep", group=KEEPING, at_least=1, resumable=True
+    )
+    resume: bool = option(
+        False, "continue the run in the folder of --adapter-file", group=KEEPING, resumable=True
+    )
     force: bool = option(
-        False, "start anew where an unfinished run could be resumed", harmless=True
+        False,
+        "start a new run where an unfinished one could be resumed",
+        group=KEEPING,
+        resumable=True,
     )
     restarts: int = option(
         0,
-        "train in a process of its own and resume it when it is killed",
+        "if the training process is killed, restart it from the last checkpoint, up to N times",
+        group=KEEPING,
         at_least=0,
-        harmless=True,
-    )
-    report_to: str | None = option(
-        None, "report the metrics there too", choices=REPORTERS, harmless=True
-    )
-    resume_adapter_file: str | None = option(
-        None, "start from this adapter's weights, with a fresh optimizer"
+        resumable=True,
     )
 
-    test: bool = option(False, "measure the loss on test.jsonl", harmless=True)
-    test_batches: int = option(-1, "batches in the test, -1 for all", at_least=-1, harmless=True)
+    test: bool = option(False, "compute the loss on the test split", group=TEST, resumable=True)
+    test_batches: int = option(
+        -1, "batches of the test; -1 uses all rows", group=TEST, at_least=-1, resumable=True
+    )
 
-    prompt: str | None = option(None, "generate an answer to this", short=("-p",), harmless=True)
+    prompt: str | None = option(
+        None,
+        "generate a completion of this text (default: generate nothing)",
+        group=GENERATION,
+        flags=("-p",),
+        metavar="TEXT",
+        resumable=True,
+    )
     num_tokens: int = option(
         100,
         "most tokens to generate",
-        short=("-n", "-m", "--max-tokens"),
+        group=GENERATION,
+        flags=("-n", "-m", "--max-tokens"),
         at_least=1,
-        harmless=True,
+        resumable=True,
     )
-    write_every: int = option(10, "tokens between writes of the answer", at_least=1, harmless=True)
+    write_every: int = option(
+        10, "print the answer every N tokens", group=GENERATION, at_least=1, resumable=True
+    )
     temp: float = option(
-        0.8, "sampling temperature; 0 takes the likeliest token", at_least=0, harmless=True
+        0.8,
+        "sampling temperature; 0 takes the most likely token",
+        group=GENERATION,
+        flags=("--temperature",),
+        at_least=0,
+        resumable=True,
     )
 
 
-def build_parser(description: str, names: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """A parser with every option, which leaves out of its result whatever was not given.
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+_CURRENT_NAMES = {
+    field.metadata["formerly"]: name
+    for name, field in _FIELDS.items()
+    if field.metadata["formerly"]
+}
+# The options of a batch; others of the same product make the same steps.
+_BATCH = ("batch_size", "grad_accumulation_steps")
+# Either one sets the length of a run.
+_LENGTH = ("iters", "epochs")
+_NOT_COMPARED = ("resume", "train", "force", "restarts", "adapter_file")
 
-    Args:
-        description: of the command.
-        names: the fields that the command has; all by default.
+
+@dataclass(frozen=True)
+class OptionChange:
+    """An option that a resumed run has with another value.
+
+    Attributes:
+        name: of the option.
+        text: its new and its old value, for a person.
+        allowed: whether the run can go on with it.
     """
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of options; the command line wins"
-    )
-    for field in dataclasses.fields(Options):
-        if names is not None and field.name not in names:
-            continue
-        text = field.metadata["help"]
-        if field.default not in (None, False) and "(default" not in text:
-            text += f" (default: {field.default})"
-        flags = (*field.metadata["short"], flag(field.name))
-        kind = _value_type(field)
-        if kind is bool:
-            parser.add_argument(*flags, dest=field.name, action="store_true", help=text)
-        else:
-            choices = field.metadata["choices"]
-            metavar = None if choices else _METAVARS[kind]
-            parser.add_argument(
-                *flags, dest=field.name, type=kind, metavar=metavar, choices=choices, help=text
-            )
-    return parser
 
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """What a command line gives, over what its `--config` file does; no defaults.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config", None)
-    return {**(_read_yaml(Path(file)) if file else {}), **given}
+    name: str
+    text: str
+    allowed: bool
 
 
 def from_mapping(values: Mapping[str, Any]) -> Options:
-    """Options from names and values, such as a saved record, with defaults for the others.
+    """Options from names and values, such as a saved record, with defaults for the rest.
 
     Raises:
-        InputError: keys that are no options, values of the wrong type or out of range; all of them
-            named.
+        InputError: keys that are not options, values of the wrong type or out of range; the
+            message names all of them.
     """
-    fields = {field.name: field for field in dataclasses.fields(Options)}
-    names = {name: name.replace("-", "_") for name in values}
-    problems = [_unknown(name, fields) for name, plain in names.items() if plain not in fields]
+    names = {name: _current_name(name) for name in values}
+    problems = [_unknown_option(name) for name, current in names.items() if current not in _FIELDS]
     checked = {}
-    for name, plain in names.items():
-        if plain in fields:
-            checked[plain], problem = _checked(fields[plain], values[name])
+    for name, current in names.items():
+        if current in _FIELDS:
+            checked[current], problem = _checked(_FIELDS[current], values[name])
             problems += [problem] if problem else []
     if problems:
         raise InputError("; ".join(problems))
@@ -292,35 +415,32 @@ def record(options: Options) -> dict[str, Any]:
     return dataclasses.asdict(options)
 
 
-def resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Options, list[str]]:
-    """The options of a run that is continued: its own, with harmless changes.
+def options_for_resume(
+    saved: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Options, list[str]]:
+    """The options of a run that is resumed: its own, with the changes that are allowed.
 
     Args:
-        saved: the record of the run.
-        given: what the command that continues it says.
+        saved: the options recorded by the run.
+        given: the options of the command that resumes it.
 
     Returns:
-        The options, and what has changed, a line each.
+        The options, and the changes as text.
 
     Raises:
-        InputError: changes that would make it another run; all of them named.
+        InputError: changes that would make it another run; the message names all of them.
     """
     before = from_mapping(saved)
+    given = {_current_name(name): value for name, value in given.items()}
     length = dict.fromkeys(_LENGTH) if any(given.get(name) for name in _LENGTH) else {}
-    now = dataclasses.replace(from_mapping({**saved, **length, **given}), resume=False)
+    now = dataclasses.replace(from_mapping({**record(before), **length, **given}), resume=False)
     changes = _changes(before, now)
-    rows = before.batch_size * before.grad_accumulation_steps
-    if now.batch_size * now.grad_accumulation_steps == rows:
-        changes = {
-            name: (line, harmless or name in _ROWS) for name, (line, harmless) in changes.items()
-        }
-    refused = [line for line, harmless in changes.values() if not harmless]
-    if refused:
+    if refused := [change.text for change in changes if not change.allowed]:
         raise InputError(
             f"this run cannot be resumed with {'; '.join(refused)}; "
             "leave these options out, or start another run elsewhere"
         )
-    return now, [line for line, _ in changes.values()]
+    return now, [change.text for change in changes]
 
 
 def flag(name: str) -> str:
@@ -328,79 +448,59 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_ROWS = ("batch_size", "grad_accumulation_steps")
-# Either tells how long a run is.
-_LENGTH = ("iters", "epochs")
-_NO_CHANGE = ("resume", "train", "force", "restarts", "adapter_file")
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
-
-
-def _value_type(field: "dataclasses.Field[Any]") -> type:
-    """The type of a field's value, `None` aside."""
+def value_type(field: "dataclasses.Field[Any]") -> type:
+    """The type of an option's value, `None` aside."""
     if isinstance(field.type, types.UnionType):
         return next(kind for kind in typing.get_args(field.type) if kind is not type(None))
     assert isinstance(field.type, type)
     return field.type
 
 
+def _current_name(name: str) -> str:
+    plain = name.replace("-", "_")
+    return _CURRENT_NAMES.get(plain, plain)
+
+
+def _unknown_option(name: str) -> str:
+    hint = did_you_mean(name.replace("-", "_"), _FIELDS)
+    return f"unknown option {name!r}" + (f" ({hint})" if hint else "")
+
+
 def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | None]:
-    """The value as its field wants it, and what is wrong with it."""
-    kind = _value_type(field)
+    """The value in its field's type, and what is wrong with it."""
+    kind = value_type(field)
     if value is None and field.default is None:
         return value, None
     if kind is float and type(value) in (int, str):
-        # YAML 1.1 takes 1e-5 for a string: it wants 1.0e-5.
+        # YAML 1.1 reads 1e-5 as a string; it wants 1.0e-5.
         with contextlib.suppress(ValueError):
             value = float(value)
     if type(value) is not kind:
-        return (
-            value,
-            f"{field.name}: {value!r} is a {type(value).__name__}, expected {kind.__name__}",
-        )
+        found, wanted = type(value).__name__, kind.__name__
+        return value, f"{field.name}: {value!r} is a {found}, expected {wanted}"
     choices, least = field.metadata["choices"], field.metadata["at_least"]
+    given = f"{flag(field.name)} {value}"
     if choices is not None and value not in choices:
-        return value, f"{flag(field.name)} {value}: give one of {', '.join(choices)}"
+        return value, f"{given}: give one of {', '.join(choices)}"
     if least == -1 and value == 0:
-        return value, f"{flag(field.name)} {value}: give at least 1, or -1 for all"
+        return value, f"{given}: give at least 1, or -1 for all"
     if isinstance(value, float) and not math.isfinite(value):
-        return value, f"{flag(field.name)} {value}: give a number"
+        return value, f"{given}: give a number"
     if least is not None and not value >= least:
-        return value, f"{flag(field.name)} {value}: give at least {least}"
+        return value, f"{given}: give at least {least}"
     return value, None
 
 
-def _changes(before: Options, now: Options) -> dict[str, tuple[str, bool]]:
-    """From option to how it changed and whether that is harmless."""
-    changes = {}
-    for field in dataclasses.fields(Options):
-        old, new = getattr(before, field.name), getattr(now, field.name)
-        if old != new and field.name not in _NO_CHANGE:
-            line = f"{flag(field.name)} {new} (the run has {old})"
-            changes[field.name] = line, _is_harmless(field, now)
+def _changes(before: Options, now: Options) -> list[OptionChange]:
+    rows = [options.batch_size * options.grad_accumulation_steps for options in (before, now)]
+    allowed = set(_BATCH) if rows[0] == rows[1] else set()
+    # Other schedules depend on the number of steps, so another number would change earlier steps.
+    allowed |= set(_LENGTH) if now.lr_schedule == "constant" else set()
+    changes = []
+    for name, field in _FIELDS.items():
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new and name not in _NOT_COMPARED:
+            resumable = field.metadata["resumable"] and name not in _LENGTH
+            text = f"{flag(name)} {new} (the run has {old})"
+            changes.append(OptionChange(name, text, resumable or name in allowed))
     return changes
-
-
-def _is_harmless(field: "dataclasses.Field[Any]", options: Options) -> bool:
-    if field.name in _LENGTH:
-        # Other schedules end with the run, so more steps would change the ones before.
-        return options.lr_schedule == "constant"
-    return bool(field.metadata["harmless"])
-
-
-def _unknown(name: str, fields: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), fields, n=1)
-    return f"unknown option {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no options: write one `name: value` a line")
-    return {str(key): value for key, value in content.items()}

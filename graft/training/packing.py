@@ -1,21 +1,20 @@
-"""Several documents in one row that do not see each other.
+"""Packing: several documents in one row that do not see each other.
 
-Architectures ask their cache which positions attend to which. A stand-in for it, which keeps
-nothing, lets position i attend to position j of the same document d up to itself, within a window
-where the architecture asks for one:
+Architectures ask their cache which positions attend to which. A stand-in for the cache, which
+stores nothing, lets position i attend to the positions j up to itself in the same segment s, and
+within a window if the architecture has one:
 
-    mask[i, j] = (d_i = d_j) and (i - window < j <= i)
+    mask[i, j] = (s_i = s_j) and (i - window < j <= i)
 
-Rotary positions are relative, so documents may stand anywhere in a row. Not every architecture has
-such positions or asks its cache, so packed logits are compared with plain ones once. Knows nothing
-of which documents stand together: `graft.data.batches` does.
+Rotary positions are relative, so a document may begin anywhere in a row. Not every architecture has
+such positions or asks its cache, so packed logits are compared with plain ones once. Which
+documents share a row is decided in `graft.data.batches`.
 Reference: Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021),
 https://arxiv.org/abs/2107.02027.
 """
 
-from typing import Any
-
-from graft.data.batches import Batch, pack, pad
+from graft.console import say
+from graft.data.collate import Batch, collate, collate_packed
 from graft.data.examples import Example
 from graft.runtime.agreement import agrees
 
@@ -28,72 +27,72 @@ SAMPLE_LENGTHS = (6, 4, 8, 9, 5)
 SAMPLE_PACKS = ((0, 1, 2), (3, 4))
 
 
-class Separator:
-    """Stands in for the cache of a block and keeps documents apart.
+class SegmentMask:
+    """Stands in for the cache of a block and masks other documents.
 
     Args:
-        documents: (rows, tokens) which document of its row a token belongs to.
+        segment_ids: (rows, tokens) which document of its row a token belongs to.
         offset: the position of the first token of each row.
     """
 
-    def __init__(self, documents: mx.array, *, offset: int = 0) -> None:
+    def __init__(self, segment_ids: mx.array, *, offset: int = 0) -> None:
         self.offset = offset
-        self._documents = documents
+        self._segment_ids = segment_ids
 
     def make_mask(
         self, tokens: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        """The mask (rows, 1, tokens, tokens), bool, for all heads alike."""
-        places = mx.arange(tokens)
-        distances = places[:, None] - places
+        """The mask (rows, 1, tokens, tokens), bool, the same for all heads."""
+        positions = mx.arange(tokens)
+        distances = positions[:, None] - positions
         near = distances >= 0
         if window_size is not None:
             near = near & (distances < window_size)
-        same = self._documents[:, :, None] == self._documents[:, None]
+        same = self._segment_ids[:, :, None] == self._segment_ids[:, None]
         return (same & near)[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What came in: there is nothing to remember."""
+        """Return the keys and values of this call: nothing is stored."""
         return keys, values
 
 
 def forward(
-    model: nn.Module, inputs: mx.array, documents: mx.array | None = None, *, offset: int = 0
+    model: nn.Module, inputs: mx.array, segment_ids: mx.array | None = None, *, offset: int = 0
 ) -> mx.array:
-    """What a model gives for rows, packed or not.
+    """The logits of rows, packed or not.
 
     Args:
         model: of mlx-lm, or with its interface.
-        inputs: (rows, tokens) token ids, or what the model takes in their place.
-        documents: (rows, tokens) which document of its row a token belongs to; `None` where a row
-            is one.
+        inputs: (rows, tokens) token ids, or (rows, tokens, dims) from the activation cache.
+        segment_ids: (rows, tokens) which document of its row a token belongs to; `None` if each
+            row is one document.
         offset: the position of the first token of each packed row.
     """
-    if documents is None:
+    if segment_ids is None:
         return model(inputs)
-    separator = Separator(documents, offset=offset)
-    return model(inputs, cache=[separator] * len(model.layers))
+    segment_mask = SegmentMask(segment_ids, offset=offset)
+    return model(inputs, cache=[segment_mask] * len(model.layers))
 
 
 def find_capacity(model: nn.Module, tokens: int) -> int | None:
-    """How many tokens a packed row may have; `None`, and said, where the model cannot pack.
+    """How many tokens a packed row may have; `None`, with a message, if the model cannot pack.
 
-    Packed documents must give the logits that they give alone, at both ends of such a row.
+    Packed documents must have the logits that they have alone, at both ends of such a row.
 
     Args:
-        model: an adapter may be attached.
-        tokens: of the longest row that is wanted.
+        model: with or without an adapter.
+        tokens: length of the longest row wanted.
     """
     model.eval()
     capacity = min(tokens, _context(model) or tokens)
     examples = [_document(length) for length in SAMPLE_LENGTHS]
-    logits = model(mx.array(pad(examples, range(len(examples))).inputs))
+    logits = model(mx.array(collate(examples, range(len(examples)))["inputs"]))
     expected = mx.concatenate([row[: len(e) - 1] for row, e in zip(logits, examples, strict=True)])
-    batch = pack(examples, SAMPLE_PACKS)
-    # Where positions count from the start of a row, far ones may not exist: near ones first.
-    for offset in (0, max(capacity - batch.targets.shape[1], 0)):
+    batch = collate_packed(examples, SAMPLE_PACKS)
+    # If positions are absolute, far ones may not exist, so near ones are tried first.
+    for offset in (0, max(capacity - batch["targets"].shape[1], 0)):
         if not _agrees(model, batch, offset, expected):
-            print("packing: none, since this model's logits are others where rows share one")
+            say("packing: off because packing changes this model's logits")
             return None
     return capacity
 
@@ -109,9 +108,9 @@ def _document(length: int) -> Example:
 
 def _agrees(model: nn.Module, batch: Batch, offset: int, expected: mx.array) -> bool:
     try:
-        documents: Any = batch.documents
-        logits = forward(model, mx.array(batch.inputs), mx.array(documents), offset=offset)
-        found = logits.flatten(0, 1)[mx.array(np.flatnonzero(batch.loss_mask))]
-        return agrees(found, expected)
-    except Exception:  # Every architecture that keeps more than keys fails in its own way.
+        arrays = batch.to_mlx()
+        logits = forward(model, arrays["inputs"], arrays["segment_ids"], offset=offset)
+        trained = mx.array(np.flatnonzero(batch["loss_mask"]))
+        return agrees(logits.flatten(0, 1)[trained], expected)
+    except Exception:  # Architectures whose caches hold more than keys fail in many ways.
         return False

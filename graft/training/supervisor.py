@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from graft.training.options import Options
-from graft.training.run_folder import RunFiles
+from graft.training.run_folder import RunFolder
 
 # Tells a child what it is; an option would find its way into the record of the run.
 SUPERVISED = "GRAFT_SUPERVISED"
@@ -33,7 +33,7 @@ def supervise_run(options: Options, arguments: Sequence[str]) -> int:
         options: the parsed options.
         arguments: the command line that they came from, for the child.
     """
-    store = RunFiles(options).store
+    store = RunFolder(options).store
     earlier = store.stamps()
 
     def resume() -> list[str]:

@@ -7,15 +7,13 @@ import graft  # noqa: F401
 from graft.data.batches import (
     MOST_WIDTHS,
     ROUNDING_SHARE,
-    Batch,
     TrainingBatches,
     choose_widths,
-    fill,
     group_rows,
-    pack,
-    pad,
+    pack_rows,
     sample_rows,
 )
+from graft.data.collate import Batch, collate, collate_packed
 from graft.data.examples import Example
 
 import numpy as np
@@ -48,7 +46,7 @@ def epochs(
 
 def iterate_batches(examples: list[Example], batch_size: int) -> list[Batch]:
     """The batches of an evaluation."""
-    return [pad(examples, rows) for rows in group_rows(examples, batch_size)]
+    return [collate(examples, rows) for rows in group_rows(examples, batch_size)]
 
 
 def rows_of(batches: list[Batch]) -> list[int]:
@@ -80,7 +78,7 @@ def test_an_evaluation_takes_every_row_once_and_ends(batch_size: int) -> None:
 def test_the_partial_batch_is_kept_not_filled_up() -> None:
     batches = list(iterate_batches(make_rows(10), 4))
     assert sorted(len(batch.rows) for batch in batches) == [2, 4, 4]
-    assert sorted(batch.inputs.shape[0] for batch in batches) == [2, 4, 4]
+    assert sorted(batch["inputs"].shape[0] for batch in batches) == [2, 4, 4]
 
 
 def test_each_epoch_has_another_order_and_another_company() -> None:
@@ -106,7 +104,7 @@ def test_the_order_does_not_depend_on_the_global_randomness() -> None:
 
 def test_batches_do_not_come_sorted_by_length() -> None:
     (batches,) = epochs(make_rows(200), 4, 1)
-    widths = [batch.inputs.shape[1] for batch in batches]
+    widths = [batch["inputs"].shape[1] for batch in batches]
     assert widths != sorted(widths)
     assert abs(np.corrcoef(widths, range(len(widths)))[0, 1]) < 0.4
 
@@ -116,9 +114,9 @@ def test_targets_are_inputs_moved_on_by_one() -> None:
     for batch in iterate_batches(examples, 4):
         for place, row in enumerate(batch.rows):
             tokens, length = examples[row].tokens, len(examples[row])
-            assert batch.inputs[place, : length - 1].tolist() == tokens[:-1].tolist()
-            assert batch.targets[place, : length - 1].tolist() == tokens[1:].tolist()
-        assert (batch.inputs[:, 1:] == batch.targets[:, :-1]).all()
+            assert batch["inputs"][place, : length - 1].tolist() == tokens[:-1].tolist()
+            assert batch["targets"][place, : length - 1].tolist() == tokens[1:].tolist()
+        assert (batch["inputs"][:, 1:] == batch["targets"][:, :-1]).all()
 
 
 def test_padding_and_the_first_token_are_not_trained() -> None:
@@ -126,39 +124,39 @@ def test_padding_and_the_first_token_are_not_trained() -> None:
     for batch in iterate_batches(examples, 4):
         for place, row in enumerate(batch.rows):
             length = len(examples[row])
-            assert batch.loss_mask[place, : length - 1].all()
-            assert not batch.loss_mask[place, length - 1 :].any()
-            assert not batch.targets[place, length - 1 :].any()
+            assert batch["loss_mask"][place, : length - 1].all()
+            assert not batch["loss_mask"][place, length - 1 :].any()
+            assert not batch["targets"][place, length - 1 :].any()
 
 
 def test_the_trained_tokens_are_all_tokens_but_the_first_of_each_row() -> None:
     examples = make_rows(50)
-    total = sum(int(batch.loss_mask.sum()) for batch in iterate_batches(examples, 4))
+    total = sum(int(batch["loss_mask"].sum()) for batch in iterate_batches(examples, 4))
     assert total == sum(len(example) - 1 for example in examples)
 
 
 def test_what_is_not_trained_in_a_row_is_not_trained_in_a_batch() -> None:
     tokens = np.arange(6, dtype=np.int32)
     masked = Example(tokens, np.array([False, False, False, True, True, True]))
-    batch = pad([masked], [0], 6)
-    assert batch.loss_mask[0].tolist() == [False, False, True, True, True, False]
+    batch = collate([masked], [0], 6)
+    assert batch["loss_mask"][0].tolist() == [False, False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (2, 1), (33, 32), (34, 33)])
 def test_a_batch_is_as_wide_as_what_its_longest_row_predicts(length: int, width: int) -> None:
     # A row of n tokens has n - 1 inputs that something follows.
-    batch = pad([make_example(length), make_example(1)], [0, 1])
-    assert batch.inputs.shape == batch.targets.shape == batch.loss_mask.shape == (2, width)
-    assert (batch.inputs.dtype, batch.loss_mask.dtype) == (np.int32, np.bool_)
-    assert pad([make_example(length)], [0], 50).inputs.shape == (1, 50)
+    batch = collate([make_example(length), make_example(1)], [0, 1])
+    assert batch["inputs"].shape == batch["targets"].shape == batch["loss_mask"].shape == (2, width)
+    assert (batch["inputs"].dtype, batch["loss_mask"].dtype) == (np.int32, np.bool_)
+    assert collate([make_example(length)], [0], 50)["inputs"].shape == (1, 50)
 
 
 def test_a_row_of_one_token_trains_nothing() -> None:
-    assert not pad([make_example(1)], [0]).loss_mask.any()
+    assert not collate([make_example(1)], [0])["loss_mask"].any()
 
 
 def test_widths_are_few() -> None:
-    widths = {b.inputs.shape[1] for batches in epochs(make_rows(500), 4, 3) for b in batches}
+    widths = {b["inputs"].shape[1] for batches in epochs(make_rows(500), 4, 3) for b in batches}
     assert len(widths) <= MOST_WIDTHS
 
 
@@ -205,28 +203,28 @@ def test_very_long_rows_are_rounded_before_widths_are_chosen() -> None:
 def test_little_is_padding(batch_size: int) -> None:
     examples = make_rows(400, longest=500)
     unsorted = [
-        pad(examples, range(start, start + batch_size))
+        collate(examples, range(start, start + batch_size))
         for start in range(0, len(examples), batch_size)
     ]
     real = sum(len(example) - 1 for example in examples)
-    assert 1 - real / sum(batch.inputs.size for batch in unsorted) > 0.35
+    assert 1 - real / sum(batch["inputs"].size for batch in unsorted) > 0.35
     assert TrainingBatches(examples, batch_size).padding_share < 0.05
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_at_most_5_percent_of_the_embedded_dataset_is_padding(lanes: int) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_at_most_5_percent_of_the_embedded_dataset_is_padding(workers: int) -> None:
     rows = (ROOT / "datasets" / "mlx-docs" / "train.jsonl").read_text().splitlines()
     # Three letters a token, about what the embedded tokenizer gives.
     examples = [make_example(min(len(json.loads(row)["text"]) // 3 + 2, 512)) for row in rows]
-    batches = TrainingBatches(examples, 4, lanes=lanes)
+    batches = TrainingBatches(examples, 4, workers=workers)
     for epoch in range(3):
         batches.restore({"epoch": epoch, "position": 0})
         assert batches.padding_share <= 0.05
 
 
-def test_lanes_divide_the_same_batches() -> None:
+def test_workers_divide_the_same_batches() -> None:
     examples = make_rows(18)
-    whole, divided = (TrainingBatches(examples, 4, lanes=lanes) for lanes in (1, 2))
+    whole, divided = (TrainingBatches(examples, 4, workers=workers) for workers in (1, 2))
     for _ in range(whole.steps_per_epoch):
         batches = next(divided)
         assert rows_of(next(whole)) == rows_of(batches)
@@ -286,12 +284,12 @@ def test_the_most_at_one_time_is_a_micro_batch_in_each_lane() -> None:
     examples = [make_example(33)] * 5 + [make_example(65)]
 
     def widest(size: int, **how: int) -> list[tuple[int, ...]]:
-        return sorted(b.inputs.shape for b in TrainingBatches(examples, size, **how).widest())
+        return sorted(b["inputs"].shape for b in TrainingBatches(examples, size, **how).widest())
 
     assert widest(6) == [(6, 64)]
-    assert widest(6, lanes=2) == [(3, 32), (3, 64)]
+    assert widest(6, workers=2) == [(3, 32), (3, 64)]
     assert widest(3, accumulation=2) == [(3, 64)]
-    assert widest(2, accumulation=3, lanes=2) == [(1, 32), (1, 64)]
+    assert widest(2, accumulation=3, workers=2) == [(1, 32), (1, 64)]
 
 
 def test_the_padding_share_counts_what_is_computed_and_not_real() -> None:
@@ -313,10 +311,10 @@ def pairs(batches: list[Batch]) -> set[frozenset[int]]:
     """Which rows stand in a packed row together."""
     found = set()
     for batch in batches:
-        assert batch.documents is not None
+        assert batch["segment_ids"] is not None
         rows = list(batch.rows)
-        for documents, loss_mask in zip(batch.documents, batch.loss_mask, strict=True):
-            there = [rows.pop(0) for _ in np.unique(documents[loss_mask])]
+        for segment_ids, loss_mask in zip(batch["segment_ids"], batch["loss_mask"], strict=True):
+            there = [rows.pop(0) for _ in np.unique(segment_ids[loss_mask])]
             found |= {frozenset(pair) for pair in itertools.combinations(there, 2)}
         assert not rows
     return found
@@ -330,43 +328,43 @@ def test_filling_by_hand() -> None:
             return np.ones(size)
 
     lengths = np.array([3, 7, 5, 4, 6, 5])
-    packs = fill(lengths, 10, NoChance())  # type: ignore[arg-type]
+    packs = pack_rows(lengths, 10, NoChance())  # type: ignore[arg-type]
     assert [[int(lengths[row]) for row in rows] for rows in packs] == [[7, 3], [6, 4], [5, 5]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, 300])
 @pytest.mark.parametrize("capacity", [1, 299, 512, 2048])
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_packed_every_row_comes_exactly_once_an_epoch(
-    count: int, capacity: int, lanes: int
+    count: int, capacity: int, workers: int
 ) -> None:
     """A capacity below the longest row is that of the longest row."""
     examples = make_rows(count)
-    batches = packed(examples, capacity, lanes=lanes)
+    batches = packed(examples, capacity, workers=workers)
     for epoch in range(3):
         found = one_epoch(batches, epoch)
         assert sorted(rows_of(found)) == list(range(count))
         longest = max(len(example) - 1 for example in examples)
-        assert max(batch.targets.shape[1] for batch in found) <= max(capacity, longest)
+        assert max(batch["targets"].shape[1] for batch in found) <= max(capacity, longest)
 
 
 def test_a_packed_row_holds_its_documents_one_after_the_other() -> None:
     examples = make_rows(5, longest=20)
     examples[3] = Example(examples[3].tokens, examples[3].loss_mask & False)
-    batch = pack(examples, [[2, 0, 3], [1], [4]], 70)
+    batch = collate_packed(examples, [[2, 0, 3], [1], [4]], 70)
     assert batch.rows == (2, 0, 3, 1, 4)
-    assert batch.documents is not None
+    assert batch["segment_ids"] is not None
     for place, rows in enumerate([[2, 0, 3], [1], [4]]):
         start = 0
         for number, row in enumerate(rows, 1):
             example, end = examples[row], start + len(examples[row]) - 1
-            assert batch.inputs[place, start:end].tolist() == example.tokens[:-1].tolist()
-            assert batch.targets[place, start:end].tolist() == example.tokens[1:].tolist()
-            assert batch.loss_mask[place, start:end].tolist() == example.loss_mask[1:].tolist()
-            assert set(batch.documents[place, start:end].tolist()) == {number}
+            assert batch["inputs"][place, start:end].tolist() == example.tokens[:-1].tolist()
+            assert batch["targets"][place, start:end].tolist() == example.tokens[1:].tolist()
+            assert batch["loss_mask"][place, start:end].tolist() == example.loss_mask[1:].tolist()
+            assert set(batch["segment_ids"][place, start:end].tolist()) == {number}
             start = end
-        assert not batch.loss_mask[place, start:].any()
-        assert set(batch.documents[place, start:].tolist()) == {len(rows) + 1}
+        assert not batch["loss_mask"][place, start:].any()
+        assert set(batch["segment_ids"][place, start:].tolist()) == {len(rows) + 1}
 
 
 def test_packed_states_stand_where_their_tokens_would() -> None:
@@ -374,11 +372,11 @@ def test_packed_states_stand_where_their_tokens_would() -> None:
         replace(e, states=np.full((len(e) - 1, 2), n + 1.0, dtype=np.float32))
         for n, e in enumerate(make_rows(3, longest=9))
     ]
-    batch = pack(examples, [[1, 0], [2]], 20)
+    batch = collate_packed(examples, [[1, 0], [2]], 20)
     first, second = len(examples[1]) - 1, len(examples[0]) - 1
-    assert batch.inputs.shape == (2, 20, 2)
+    assert batch["inputs"].shape == (2, 20, 2)
     values = [2.0] * first + [1.0] * second + [0.0] * (20 - first - second)
-    assert batch.inputs[0, :, 0].tolist() == values
+    assert batch["inputs"][0, :, 0].tolist() == values
 
 
 def test_each_epoch_packs_other_rows_together_by_seed_and_epoch_alone() -> None:
@@ -424,7 +422,9 @@ def test_packed_batches_that_are_put_back_go_on_the_same() -> None:
     for _ in range(8):
         for one, other in zip(next(first), next(second), strict=True):
             assert one.rows == other.rows
-            assert (one.inputs == other.inputs).all() and (one.documents == other.documents).all()
+            assert (one["inputs"] == other["inputs"]).all() and (
+                one["segment_ids"] == other["segment_ids"]
+            ).all()
 
 
 @pytest.mark.parametrize("capacity", [None, 300])
@@ -451,5 +451,5 @@ def test_a_later_epoch_may_be_packed_fuller_than_the_first() -> None:
     for epoch in (0, 1):
         found = one_epoch(batches, epoch)
         assert sorted(rows_of(found)) == list(range(7))
-        fullest.append(max(int(row.sum()) for batch in found for row in batch.loss_mask))
+        fullest.append(max(int(row.sum()) for batch in found for row in batch["loss_mask"]))
     assert fullest == [35, 38]

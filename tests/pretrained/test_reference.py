@@ -8,10 +8,12 @@ import lora
 from graft.adapters.attach import attach, lora_layers
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.targets import choose_layers
-from graft.data.batches import Batch, pad
+from graft.data.collate import Batch, collate
 from graft.data.examples import tokenize_rows
 from graft.data.rows import Row
 from graft.pretrained.load import load_model
+from graft.training.evaluate import evaluate_split
+from graft.training.options import Options
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +22,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from support import tiny
+from support.fast_cases import mean_loss
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -82,8 +85,8 @@ def batch(folder: Path) -> Batch:
     """Rows of four lengths, padded."""
     _, tokenizer, _ = load_model(folder)
     examples = tokenize_rows(ROWS, tokenizer, max_length=64).examples
-    batch = pad(examples, range(len(examples)))
-    assert len({len(example) for example in examples}) > 1 and not batch.loss_mask.all()
+    batch = collate(examples, range(len(examples)))
+    assert len({len(example) for example in examples}) > 1 and not batch["loss_mask"].all()
     return batch
 
 
@@ -91,7 +94,7 @@ def torch_loss(model: Any, batch: Batch) -> Any:
     """Cross-entropy by its definition: each row by itself, its real tokens only, no padding."""
     losses = []
     for inputs, targets, loss_mask in zip(
-        batch.inputs, batch.targets, batch.loss_mask, strict=True
+        batch["inputs"], batch["targets"], batch["loss_mask"], strict=True
     ):
         real = int(loss_mask.sum())
         ids = torch.from_numpy(inputs[:real].astype(np.int64))
@@ -101,14 +104,14 @@ def torch_loss(model: Any, batch: Batch) -> Any:
     return torch.cat(losses).mean()
 
 
-def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
+def arrays(batch: Batch) -> dict[str, mx.array]:
+    return batch.to_mlx()
 
 
 def test_logits_equal_transformers(ours: nn.Module, theirs: Any, batch: Batch) -> None:
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(batch.inputs.astype(np.int64))).logits.numpy()
-    found = np.array(ours(mx.array(batch.inputs)))
+        expected = theirs(torch.from_numpy(batch["inputs"].astype(np.int64))).logits.numpy()
+    found = np.array(ours(mx.array(batch["inputs"])))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
@@ -122,7 +125,7 @@ def test_the_greedy_answer_equals_transformers(
     with torch.no_grad():
         for _ in range(10):
             ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
-    lora.generate(ours, tokenizer, lora.Options(prompt="The quick brown", temp=0.0, num_tokens=10))
+    lora.print_answer(ours, tokenizer, Options(prompt="The quick brown", temp=0.0, num_tokens=10))
     assert tokenizer.eos_token_id not in ids
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
@@ -132,8 +135,8 @@ def test_the_loss_is_the_cross_entropy_over_real_tokens(
 ) -> None:
     with torch.no_grad():
         expected = torch_loss(theirs, batch).item()
-    found, tokens = lora.loss(ours, *arrays(batch))
-    assert tokens.item() == batch.loss_mask.sum()
+    found, tokens = mean_loss(ours, arrays(batch))
+    assert tokens.item() == batch["loss_mask"].sum()
     assert found.item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -144,7 +147,7 @@ def test_evaluation_is_the_same_cross_entropy(
     split = tokenize_rows(ROWS, tokenizer, max_length=64)
     with torch.no_grad():
         expected = torch_loss(theirs, batch).item()
-    assert lora.evaluate(ours, split, 3).loss == pytest.approx(expected, abs=1e-5)
+    assert evaluate_split(ours, split, 3).loss == pytest.approx(expected, abs=1e-5)
 
 
 def test_lora_gradients_equal_autograd(ours: nn.Module, theirs: Any, batch: Batch) -> None:
@@ -154,7 +157,7 @@ def test_lora_gradients_equal_autograd(ours: nn.Module, theirs: Any, batch: Batc
     generator = np.random.default_rng(1)
     for _, layer in lora_layers(ours):
         layer.lora_b = mx.array(generator.normal(0, 0.05, layer.lora_b.shape).astype(np.float32))
-    _, gradients = nn.value_and_grad(ours, lora.loss)(ours, *arrays(batch))
+    _, gradients = nn.value_and_grad(ours, mean_loss)(ours, arrays(batch))
     found = dict(tree_flatten(gradients))
     values = dict(tree_flatten(tree_map(np.array, ours.trainable_parameters())))
     parameters = adapt_with_torch(theirs, values, scale=6.0 / 4)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data.batches import Batch
+from graft.data.collate import Batch
 from graft.quantization import gptq as rounding
 from graft.quantization.gptq import grams, pack_codes, quantize_for
 
@@ -70,7 +70,7 @@ def test_grams_are_those_of_the_layers_inputs(memory: int, monkeypatch: pytest.M
     model.eval()
     before = dict(model.named_modules())
     ids = np.array([[1, 5, 9, 300, 7]], np.int32)
-    batch = Batch(ids, ids, np.ones(ids.shape, np.bool_), (0,))
+    batch = Batch((0,), {"inputs": ids})
     paths = {"model.layers.0.self_attn.q_proj": 64, "model.layers.0.mlp.down_proj": 128}
     found = dict(grams(model, [batch, batch], paths))
     assert all(module is before[path] for path, module in model.named_modules())

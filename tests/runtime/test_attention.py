@@ -1,10 +1,15 @@
 """Attention and sigmoid for the CPU give what MLX's own give, and their gradients."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import graft  # noqa: F401
 from graft.runtime import attention as module
-from graft.runtime.attention import attention, sigmoid
+from graft.runtime.attention import attention, fast_functions, sigmoid, use_fast_functions
+from graft.training.grad_checkpoint import checkpoint_blocks
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 
 from support.fast_cases import ARCHITECTURES, make_adapted
+from support.paths import ROOT
 
 on_cpu = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="speaks of the CPU backend"
@@ -52,7 +58,7 @@ def outcome(function: Any, arrays: list[mx.array], mask: Any) -> list[mx.array]:
 
 def assert_as_mlx_has_it(shape: tuple[int, ...], mask: Any) -> None:
     arrays = inputs(shape)
-    expected = outcome(module._original, arrays, mask)
+    expected = outcome(module._mlx_attention, arrays, mask)
     for found, array in zip(outcome(attention, arrays, mask), expected, strict=True):
         assert found.shape == array.shape
         assert mx.abs(found - array).max() <= 1e-5 * mx.abs(array).max()
@@ -119,7 +125,7 @@ def test_few_queries_and_other_types_are_left_to_mlx(monkeypatch: pytest.MonkeyP
         asked.append((q.shape[2], q.dtype))
         return q
 
-    monkeypatch.setattr(module, "_original", original)
+    monkeypatch.setattr(module, "_mlx_attention", original)
     q, k, v = inputs(SHAPES[0])
     attention(q[:, :, -1:], k, v, scale=1.0)
     attention(*(array.astype(mx.float16) for array in (q, k, v)), scale=1.0)
@@ -130,7 +136,7 @@ def test_few_queries_and_other_types_are_left_to_mlx(monkeypatch: pytest.MonkeyP
 @on_cpu
 def test_sigmoid_and_its_gradient_are_those_of_mlx() -> None:
     x = mx.concatenate([normal(1000, seed=0), mx.array([-1e4, -90.0, 0.0, 90.0, 1e4])])
-    assert mx.allclose(sigmoid(x), module._original_sigmoid(x), rtol=1e-5, atol=1e-7)
+    assert mx.allclose(sigmoid(x), module._mlx_sigmoid(x), rtol=1e-5, atol=1e-7)
     ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (sigmoid, nn.sigmoid))
     assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert sigmoid(x.astype(mx.float16)).dtype == mx.float16
@@ -143,17 +149,87 @@ def test_models_give_what_they_give_with_the_attention_of_mlx(
 ) -> None:
     model = make_adapted(name)
     tokens = mx.arange(80).reshape(2, 40) % 60
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", module._original)
-    monkeypatch.setattr(mx, "sigmoid", module._original_sigmoid)
-    expected = model(tokens)
+    with monkeypatch.context() as plain:
+        plain.setattr(module, "attention", module._mlx_attention)
+        plain.setattr(module, "sigmoid", module._mlx_sigmoid)
+        expected = model(tokens)
     mx.eval(expected)
     asked = []
-    monkeypatch.setattr(
-        mx.fast,
-        "scaled_dot_product_attention",
-        lambda *a, **k: asked.append(1) or attention(*a, **k),
-    )
-    monkeypatch.setattr(mx, "sigmoid", sigmoid)
+    monkeypatch.setattr(module, "attention", lambda *a, **k: asked.append(1) or attention(*a, **k))
     assert mx.abs(model(tokens) - expected).max() <= 1e-5 * mx.abs(expected).max()
     # Caps of its own keep gemma2 from MLX's attention.
     assert bool(asked) == (name != "gemma2")
+
+
+class Asking(nn.Module):
+    """Notes which attention it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.functions.append((mx.fast.scaled_dot_product_attention, mx.sigmoid))
+        return x
+
+
+PLAIN = (module._mlx_attention, module._mlx_sigmoid)
+
+
+def test_only_the_models_that_use_fast_functions_find_them() -> None:
+    """And MLX is as it was before and after, in whatever order models call each other."""
+    ours, other = Asking(), Asking()
+    use_fast_functions(ours)
+    use_fast_functions(ours)
+    ours(mx.zeros(1))
+    other(mx.zeros(1))
+    assert type(ours).__name__ == "Asking" and isinstance(ours, Asking)
+    assert ours.functions[0] != PLAIN and other.functions == [PLAIN]
+    assert (mx.fast.scaled_dot_product_attention, mx.sigmoid) == PLAIN
+
+
+def test_another_thread_computes_as_mlx_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sigmoid", lambda x: x)
+    x = mx.array([0.0])
+    with fast_functions():
+        assert mx.sigmoid(x).item() == 0.0
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(lambda: mx.sigmoid(x).item()).result() == 0.5
+    assert mx.sigmoid(x).item() == 0.5
+
+
+def test_an_error_in_a_model_leaves_mlx_as_it_was() -> None:
+    with pytest.raises(ZeroDivisionError), fast_functions():
+        raise ZeroDivisionError
+    assert (mx.fast.scaled_dot_product_attention, mx.sigmoid) == PLAIN
+
+
+def test_importing_graft_and_loading_a_model_change_nothing_in_mlx() -> None:
+    code = (
+        "import mlx.core as mx\n"
+        "before = mx.fast.scaled_dot_product_attention, mx.sigmoid\n"
+        "import graft\nfrom graft.pretrained.load import load_model\n"
+        "model, _, _ = load_model()\nmx.eval(model(mx.arange(64)[None]))\n"
+        "assert before == (mx.fast.scaled_dot_product_attention, mx.sigmoid)\n"
+    )
+    environment = {**os.environ, "GRAFT_BLAS": "off"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+@on_cpu
+def test_recomputed_blocks_use_the_functions_of_their_forward_pass() -> None:
+    """Gradient checkpointing runs them again when the model's own call has ended."""
+    model = make_adapted("llama")
+    tokens = mx.arange(80).reshape(2, 40) % 60
+    seen: list[bool] = []
+    block = model.layers[0]
+
+    class Noting(type(block)):
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            seen.append(mx.sigmoid is not module._mlx_sigmoid)
+            return super().__call__(*args, **kwargs)
+
+    block.__class__ = Noting
+    checkpoint_blocks(model)
+    mx.eval(nn.value_and_grad(model, lambda model: model(tokens).sum())(model))
+    assert len(seen) > 1 and all(seen)

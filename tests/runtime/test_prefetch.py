@@ -3,14 +3,14 @@
 import threading
 from collections.abc import Iterator
 
-from graft.runtime.prefetch import ahead
+from graft.runtime.prefetch import prefetch
 
 import pytest
 
 
 def test_items_come_in_order_and_end() -> None:
-    assert list(ahead(range(5))) == [0, 1, 2, 3, 4]
-    assert list(ahead([])) == []
+    assert list(prefetch(range(5))) == [0, 1, 2, 3, 4]
+    assert list(prefetch([])) == []
 
 
 def test_the_next_is_made_while_one_is_in_use() -> None:
@@ -21,7 +21,7 @@ def test_the_next_is_made_while_one_is_in_use() -> None:
             event.set()
             yield number
 
-    coming = ahead(make())
+    coming = prefetch(make())
     assert not made[0].is_set()
     assert next(coming) == 0
     assert made[1].wait(60)
@@ -35,7 +35,7 @@ def test_a_failure_is_raised_where_its_item_is_asked_for() -> None:
         yield 1
         raise OSError("the file is gone")
 
-    coming = ahead(make())
+    coming = prefetch(make())
     assert next(coming) == 1
     with pytest.raises(OSError, match="gone"):
         next(coming)
@@ -43,7 +43,7 @@ def test_a_failure_is_raised_where_its_item_is_asked_for() -> None:
 
 def test_what_is_left_halfway_leaves_no_thread() -> None:
     before = set(threading.enumerate())
-    coming = ahead(range(5))
+    coming = prefetch(range(5))
     next(coming)
     assert len(set(threading.enumerate()) - before) == 1
     del coming

@@ -124,7 +124,7 @@ def test_fields_that_change_no_answer_are_passed_over() -> None:
     assert parse_completion(body) == parse_completion({"prompt": "Hi"})
 
 
-def test_a_long_value_is_cut_in_the_message() -> None:
+def test_a_long_value_has_no_prefix_in_the_message() -> None:
     message = refusal(parse_completion, {"prompt": "Hi", "seed": "x" * 1000}).message
     assert len(message) < 200
 

@@ -5,10 +5,11 @@ from typing import Any
 import graft  # noqa: F401
 from graft.adapters.attach import attach
 from graft.adapters.targets import plan
-from graft.data.batches import Batch, pad
+from graft.data.collate import Batch, collate
 from graft.data.examples import Example
 from graft.pretrained.load import build_model
 from graft.runtime.cpu import suit_backend
+from graft.training.objectives.sft import objective as sft
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,11 +98,17 @@ def make_examples(lengths: list[int] = LENGTHS, *, masked: bool = True) -> list[
 def make_batch() -> Batch:
     """Rows of several lengths with padding and masked prompts."""
     examples = make_examples()
-    return pad(examples, range(len(examples)))
+    return collate(examples, range(len(examples)))
 
 
-def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.loss_mask)
+def arrays(batch: Batch) -> dict[str, mx.array]:
+    return batch.to_mlx()
+
+
+def mean_loss(model: nn.Module, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+    """Mean loss of supervised fine-tuning, and the tokens it is over."""
+    total, tokens, _ = sft(model, batch)
+    return total / mx.maximum(tokens, 1), tokens
 
 
 def assert_same_gradients(found: Any, expected: Any, *, tolerance: float = 1e-4) -> None:

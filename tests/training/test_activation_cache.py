@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import lora
-from graft.data.batches import pad
+from graft.data.collate import collate
 from graft.data.examples import Split
 from graft.training import activation_cache as trunk
-from graft.training.activation_cache import bytes_in_memory, cache_trunk, find_cut, is_cut
-from graft.training.chunked_loss import avoid_whole_logits
+from graft.training.activation_cache import (
+    cache_activations,
+    cached_bytes,
+)
+from graft.training.chunked_loss import use_chunked_loss
+from graft.training.evaluate import evaluate_split
+from graft.training.frozen_prefix import has_no_prefix, prefix_length
+from graft.training.objectives.sft import objective as sft
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +29,7 @@ from support.fast_cases import (
     assert_same_gradients,
     make_adapted,
     make_examples,
+    mean_loss,
 )
 from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
@@ -34,9 +41,9 @@ def make_splits() -> dict[str, Split]:
 
 
 def gradients(model: nn.Module, split: Split) -> tuple[float, Any]:
-    batch = pad(split.examples, range(len(split)))
+    batch = collate(split.examples, range(len(split)))
     model.train()
-    (mean, _), tree = nn.value_and_grad(model, lora.loss)(model, *arrays(batch))
+    (mean, _), tree = nn.value_and_grad(model, mean_loss)(model, arrays(batch))
     return mean.item(), tree
 
 
@@ -47,23 +54,23 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
     name: str, num_layers: int, mode: str, tmp_path: Path
 ) -> None:
     model = make_adapted(name, num_layers=num_layers)
-    avoid_whole_logits(model)
+    use_chunked_loss(model)
     splits = make_splits()
     expected = {split: gradients(model, splits[split]) for split in splits}
-    evaluated = lora.evaluate(model, splits["valid"], 2)
-    cached = cache_trunk(model, splits, lora.loss, folder=tmp_path, **SETTINGS | {"mode": mode})
-    assert is_cut(model)
+    evaluated = evaluate_split(model, splits["valid"], 2)
+    cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS | {"mode": mode})
+    assert has_no_prefix(model)
     for split, (loss, tree) in expected.items():
         found_loss, found = gradients(model, cached[split])
         assert found_loss == pytest.approx(loss, rel=1e-5)
         assert_same_gradients(found, tree)
-    assert lora.evaluate(model, cached["valid"], 2).loss == pytest.approx(evaluated.loss, rel=1e-5)
+    assert evaluate_split(model, cached["valid"], 2).loss == pytest.approx(evaluated.loss, rel=1e-5)
 
 
 def test_a_quantized_trunk_gives_the_same_losses(tmp_path: Path) -> None:
     model, splits = make_adapted("qwen2", num_layers=1, bits=4), make_splits()
     loss, tree = gradients(model, splits["train"])
-    cached = cache_trunk(model, splits, lora.loss, folder=tmp_path, lanes=2, **SETTINGS)
+    cached = cache_activations(model, splits, sft, folder=tmp_path, workers=2, **SETTINGS)
     found_loss, found = gradients(model, cached["train"])
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(found, tree)
@@ -72,8 +79,8 @@ def test_a_quantized_trunk_gives_the_same_losses(tmp_path: Path) -> None:
 def test_the_blocks_below_leave_the_model_and_paths_stay(tmp_path: Path) -> None:
     model = make_adapted("llama", num_layers=1)
     trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
-    assert find_cut(model) == 2
-    cache_trunk(model, make_splits(), lora.loss, folder=tmp_path, **SETTINGS)
+    assert prefix_length(model) == 2
+    cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS)
     paths = [path for path, _ in tree_flatten(model.parameters())]
     assert not [path for path in paths if path.startswith(("model.layers.0", "model.layers.1"))]
     assert [path for path, _ in tree_flatten(model.trainable_parameters())] == trained
@@ -84,8 +91,8 @@ def test_states_are_of_half_precision_where_the_model_is(tmp_path: Path) -> None
     model.set_dtype(mx.bfloat16)
     splits = make_splits()
     loss, _ = gradients(model, splits["train"])
-    cached = cache_trunk(model, splits, lora.loss, folder=tmp_path, **SETTINGS)
-    assert is_cut(model)
+    cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS)
+    assert has_no_prefix(model)
     assert cached["train"].examples[0].states.dtype == "uint16"
     assert gradients(model, cached["train"])[0] == pytest.approx(loss, rel=2e-2)
 
@@ -102,8 +109,8 @@ def test_auto_is_for_rows_that_are_seen_again(
     settings: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, splits = make_adapted("llama", num_layers=1), make_splits()
-    cached = cache_trunk(model, splits, lora.loss, folder=tmp_path, **SETTINGS | settings)
-    assert is_cut(model) == bool(told)
+    cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS | settings)
+    assert has_no_prefix(model) == bool(told)
     assert told in capsys.readouterr().out
     if not told:
         assert cached == splits
@@ -114,25 +121,25 @@ def test_auto_takes_the_disk_where_memory_is_short_and_neither_where_both_are(
 ) -> None:
     monkeypatch.setattr(trunk, "machine_bytes", lambda: 1000)
     model = make_adapted("llama", num_layers=1)
-    cache_trunk(model, make_splits(), lora.loss, folder=tmp_path, **SETTINGS | {"mode": "auto"})
+    cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS | {"mode": "auto"})
     assert "on disk" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("trunk-*.npy"))) == 1
+    assert len(list(tmp_path.glob("activations-*.npy"))) == 1
     monkeypatch.setattr(trunk, "DISK_SHARE", 0)
     model = make_adapted("llama", num_layers=1)
-    cache_trunk(model, make_splits(), lora.loss, folder=tmp_path, **SETTINGS | {"mode": "auto"})
+    cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS | {"mode": "auto"})
     assert "too much memory and disk" in capsys.readouterr().out
-    assert not is_cut(model)
+    assert not has_no_prefix(model)
 
 
 def test_a_budget_leaves_states_less_memory_and_tells_what_they_take(tmp_path: Path) -> None:
     auto = SETTINGS | {"mode": "auto", "folder": tmp_path}
-    expected = cache_trunk(make_adapted("llama", num_layers=1), make_splits(), lora.loss, **auto)
+    expected = cache_activations(make_adapted("llama", num_layers=1), make_splits(), sft, **auto)
     taken = sum(example.states.nbytes for split in expected.values() for example in split.examples)
-    assert sum(map(bytes_in_memory, expected.values())) == taken > 0
+    assert sum(map(cached_bytes, expected.values())) == taken > 0
     model, tight = make_adapted("llama", num_layers=1), {**auto, "budget": 3 * taken}
-    found = cache_trunk(model, make_splits(), lora.loss, **tight)
-    assert sum(map(bytes_in_memory, found.values())) == 0
-    assert len(list(tmp_path.glob("trunk-*.npy"))) == 1
+    found = cache_activations(model, make_splits(), sft, **tight)
+    assert sum(map(cached_bytes, found.values())) == 0
+    assert len(list(tmp_path.glob("activations-*.npy"))) == 1
     for name, split in expected.items():
         for ours, theirs in zip(found[name].examples, split.examples, strict=True):
             np.testing.assert_allclose(ours.states, theirs.states, rtol=1e-4, atol=1e-5)
@@ -150,7 +157,7 @@ def test_a_file_is_used_again_for_the_same_model_data_and_cut_only(
     def cache(num_layers: int = 1, key: str = "a model", **splits: Split) -> None:
         model = make_adapted("llama", num_layers=num_layers)
         settings = SETTINGS | {"mode": "disk", "model_key": key}
-        cache_trunk(model, make_splits() | splits, lora.loss, folder=tmp_path, **settings)
+        cache_activations(model, make_splits() | splits, sft, folder=tmp_path, **settings)
 
     cache()
     cache()
@@ -159,15 +166,15 @@ def test_a_file_is_used_again_for_the_same_model_data_and_cut_only(
     cache(key="another")
     cache(valid=Split(make_examples([3, 4])))
     assert computed == [2, 1, 2, 2]
-    assert len(list(tmp_path.glob("trunk-*.npy"))) == 1
+    assert len(list(tmp_path.glob("activations-*.npy"))) == 1
 
 
 def test_nothing_lies_below_an_adapter_on_every_block(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_adapted("llama")
-    cache_trunk(model, make_splits(), lora.loss, folder=tmp_path, **SETTINGS)
-    assert not is_cut(model)
+    cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS)
+    assert not has_no_prefix(model)
     assert "no block lies below" in capsys.readouterr().out
 
 
@@ -177,8 +184,8 @@ def test_an_adapted_embedding_is_seen_and_keeps_the_whole_model(
     model = make_adapted("llama", num_layers=1, targets=("embed_tokens", "q_proj"))
     splits = make_splits()
     expected = gradients(model, splits["train"])
-    cached = cache_trunk(model, splits, lora.loss, folder=tmp_path, **SETTINGS)
-    assert not is_cut(model)
+    cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS)
+    assert not has_no_prefix(model)
     assert "another without the blocks below" in capsys.readouterr().out
     loss, found = gradients(model, cached["train"])
     assert loss == expected[0]
@@ -193,14 +200,14 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without(
     write_rows(tmp_path / "data", train=TEXTS * 2, valid=TEXTS, test=TEXTS[:2])
     both = []
     for mode in ("off", "auto", "disk"):
-        place = ["--adapter-file", str(tmp_path / mode / "a.npz"), "--trunk-cache", mode]
+        place = ["--adapter-file", str(tmp_path / mode / "a.npz"), "--activation-cache", mode]
         source = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
         rest = ["--lora-layers", "1", "--steps-per-report", "1", "--iters", "6", "--test", *extra]
         prompt = ["--prompt", "The", "--num-tokens", "4", "--temp", "0", "--learning-rate", "1e-2"]
         assert lora.main(["--train", *source, *place, *rest, *prompt]) == 0
         lines = map(json.loads, (tmp_path / mode / "metrics.jsonl").read_text().splitlines())
         both.append([line["loss"] for line in lines if "loss" in line])
-        assert ("trunk cache: 2 of 3 blocks" in capsys.readouterr().out) == (mode != "off")
+        assert ("activation cache: 2 of 3 blocks" in capsys.readouterr().out) == (mode != "off")
     assert len(both[0]) == 9
     assert both[0] == pytest.approx(both[1], rel=1e-4)
     assert both[1] == both[2]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import lora
+from graft.training.run import Run
 
 import pytest
 import yaml
@@ -87,15 +88,15 @@ class Killed(BaseException):
 
 def stop_at(place: Path, name: str, step: int) -> None:
     """Leave a run as a kill right after the checkpoint of `step` does."""
-    save = lora.save_checkpoint
+    save = Run.save_checkpoint
 
-    def saving(run: lora.Run) -> None:
+    def saving(run: Run) -> None:
         save(run)
         if run.progress.step == step:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(lora, "save_checkpoint", saving)
+        patch.setattr(Run, "save_checkpoint", saving)
         lora.main(arguments(place, name))
 
 
@@ -174,7 +175,7 @@ def deadly(function):
     return call
 
 if sys.argv[1] == "adapter":
-    lora.save_checkpoint = deadly(lora.save_checkpoint)
+    Run.save_checkpoint = deadly(Run.save_checkpoint)
 elif sys.argv[1] == "arrays":
     training_state._sha256 = deadly(training_state._sha256)
 elif sys.argv[1] == "rename":

@@ -19,6 +19,7 @@ from support.fast_cases import (
     assert_same_gradients,
     make_adapted,
     make_batch,
+    mean_loss,
 )
 from support.tiny import TEXTS, write_model, write_rows
 
@@ -28,7 +29,7 @@ WITH_HEAD = [name for name in ARCHITECTURES if name not in CAPPED]
 
 def gradients(model: nn.Module) -> tuple[float, int, Any]:
     model.train()
-    (mean, tokens), tree = nn.value_and_grad(model, lora.loss)(model, *arrays(make_batch()))
+    (mean, tokens), tree = nn.value_and_grad(model, mean_loss)(model, arrays(make_batch()))
     return mean.item(), int(tokens.item()), tree
 
 
@@ -63,9 +64,9 @@ def test_tied_and_untied_heads_are_found(tied: bool, bits: int | None) -> None:
 def test_an_evaluation_gives_the_same_loss(name: str) -> None:
     model = make_adapted(name)
     model.eval()
-    mean, tokens = lora.loss(model, *arrays(make_batch()))
+    mean, tokens = mean_loss(model, arrays(make_batch()))
     model.loss_head = find_head(model)[0]
-    found, same = lora.loss(model, *arrays(make_batch()))
+    found, same = mean_loss(model, arrays(make_batch()))
     assert found.item() == pytest.approx(mean.item(), rel=1e-5)
     assert same.item() == tokens.item()
 
@@ -76,7 +77,7 @@ def test_a_model_is_as_it_was_after_the_search_and_after_a_loss() -> None:
     types = [type(module) for module in model.modules()]
     before = model(tokens)
     model.loss_head = find_head(model)[0]
-    mx.eval(lora.loss(model, *arrays(make_batch())))
+    mx.eval(mean_loss(model, arrays(make_batch())))
     assert mx.array_equal(model(tokens), before)
     assert [type(module) for module in model.modules()] == types
 
@@ -161,7 +162,7 @@ def test_nothing_to_train_gives_no_loss_and_no_gradient() -> None:
     model.loss_head = find_head(model)[0]
     inputs, targets, loss_mask = arrays(make_batch())
     model.train()
-    (mean, tokens), tree = nn.value_and_grad(model, lora.loss)(
+    (mean, tokens), tree = nn.value_and_grad(model, mean_loss)(
         model, inputs, targets, mx.zeros_like(loss_mask)
     )
     assert (mean.item(), tokens.item()) == (0, 0)
@@ -191,7 +192,7 @@ def test_a_training_from_whole_logits_has_the_same_losses(tmp_path: Path) -> Non
     write_model(tmp_path / "model", bits=4)
     write_rows(tmp_path / "data", train=TEXTS * 2, valid=TEXTS)
     both = []
-    for name, options in (("fast", []), ("plain", ["--whole-logits"])):
+    for name, options in (("fast", []), ("plain", ["--full-logits"])):
         place = ["--adapter-file", str(tmp_path / name / "a.npz"), "--steps-per-report", "1"]
         source = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
         assert lora.main(["--train", "--iters", "5", *source, *place, *options]) == 0

@@ -13,11 +13,14 @@ from graft.adapters.targets import plan as plan_targets
 from graft.data.examples import Example, Split
 from graft.pretrained.load import build_model
 from graft.runtime.cpu import suit_backend
-from graft.runtime.workers import choose_lanes
-from graft.training import dry_run as rehearsal
-from graft.training.chunked_loss import avoid_whole_logits
-from graft.training.dry_run import Preparation, kept_plan
-from graft.training.memory_plan import Plan, peak_bytes, reset_peak
+from graft.runtime.memory import peak_bytes, reset_peak
+from graft.runtime.workers import choose_workers
+from graft.training import dry_run
+from graft.training.chunked_loss import use_chunked_loss
+from graft.training.dry_run import MemoryTrial, saved_plan
+from graft.training.evaluate import evaluate_split
+from graft.training.memory_plan import MemoryPlan
+from graft.training.objectives.sft import objective as sft
 from graft.training.optimizers import make_optimizer, set_learning_rate
 from graft.training.options import Options, record
 
@@ -68,7 +71,7 @@ def prepared(
     whole: bool = False,
     sizes: dict[str, Any] | None = None,
     **options: Any,
-) -> Preparation:
+) -> MemoryTrial:
     """An adapted model and 16 rows of 64 to 256 tokens to train it on."""
     mx.random.seed(0)
     config = {**SIZES, "model_type": name, **ARCHITECTURES[name], **(sizes or {})}
@@ -80,12 +83,12 @@ def prepared(
     settings = plan_targets(model, ("all-linear",), rank=rank, num_layers=top, method=method)
     attach(model, settings, dropout=dropout)
     if not whole:
-        avoid_whole_logits(model)
+        use_chunked_loss(model)
     mx.eval(model.parameters())
     split = make_split(16, vocabulary=config["vocab_size"])
-    chosen = Options(**{"batch_size": 4, "lanes": 1, **options})
+    chosen = Options(**{"batch_size": 4, "workers": 1, **options})
     splits = {"train": split, "valid": make_split(3, vocabulary=config["vocab_size"])}
-    return Preparation(model, splits, chosen, make_optimizer("adam"), lora.loss, lora.evaluate)
+    return MemoryTrial(model, splits, chosen, make_optimizer("adam"), sft)
 
 
 def make_split(rows: int, *, vocabulary: int) -> Split:
@@ -99,45 +102,44 @@ def make_split(rows: int, *, vocabulary: int) -> Split:
     return Split(examples)
 
 
-def bytes_of_an_epoch(prepare: Preparation, plan: Plan) -> int:
+def bytes_of_an_epoch(prepare: MemoryTrial, plan: MemoryPlan) -> int:
     """The peak of real steps over all rows and of measuring."""
-    batches, update = prepare(plan)
+    batches, update = prepare.build(plan)
     set_learning_rate(prepare.optimizer, 1e-4)
     reset_peak()
     for _ in range(batches.steps_per_epoch):
         prepare.model.train()
-        arrays = [(b.inputs, b.targets, b.loss_mask) for b in next(batches)]
-        assert update([tuple(map(mx.array, each)) for each in arrays]).good
-    lanes = choose_lanes(prepare.options.lanes, plan.rows)
-    lora.evaluate(prepare.model, prepare.splits["valid"], plan.rows, lanes=lanes)
+        assert update([batch.to_mlx() for batch in next(batches)]).finite
+    workers = choose_workers(prepare.options.workers, plan.rows)
+    evaluate_split(prepare.model, prepare.splits["valid"], plan.rows, workers=workers)
     return peak_bytes()
 
 
-CASES: dict[str, tuple[str, dict[str, Any], Plan]] = {
-    "llama": ("llama", {}, Plan(4, False)),
-    "two lanes": ("llama", {"lanes": 2}, Plan(4, False)),
-    "one row of four": ("llama", {"lanes": 2}, Plan(1, False)),
-    "accumulated": ("llama", {"grad_accumulation_steps": 2}, Plan(2, False)),
-    "recomputed": ("llama", {"sizes": {"num_hidden_layers": 8}}, Plan(4, True)),
-    "recomputed, 4 bits, two lanes": ("llama", {"bits": 4, "lanes": 2}, Plan(4, True)),
-    "4 bits": ("llama", {"bits": 4}, Plan(4, False)),
+CASES: dict[str, tuple[str, dict[str, Any], MemoryPlan]] = {
+    "llama": ("llama", {}, MemoryPlan(4, False)),
+    "two workers": ("llama", {"workers": 2}, MemoryPlan(4, False)),
+    "one row of four": ("llama", {"workers": 2}, MemoryPlan(1, False)),
+    "accumulated": ("llama", {"grad_accumulation_steps": 2}, MemoryPlan(2, False)),
+    "recomputed": ("llama", {"sizes": {"num_hidden_layers": 8}}, MemoryPlan(4, True)),
+    "recomputed, 4 bits, two workers": ("llama", {"bits": 4, "workers": 2}, MemoryPlan(4, True)),
+    "4 bits": ("llama", {"bits": 4}, MemoryPlan(4, False)),
     "wide, 4 bits": (
         "llama",
         {"bits": 4, "sizes": {"hidden_size": 384, "intermediate_size": 1024}},
-        Plan(2, False),
+        MemoryPlan(2, False),
     ),
-    "many words": ("llama", {"sizes": {"vocab_size": 32768}}, Plan(2, False)),
-    "whole logits": ("llama", {"sizes": {"vocab_size": 8192}, "whole": True}, Plan(4, False)),
-    "top layer": ("llama", {"top": 1}, Plan(4, False)),
-    "dropout": ("llama", {"dropout": 0.1}, Plan(4, False)),
-    "dora": ("llama", {"method": "dora"}, Plan(4, False)),
-    "full": ("llama", {"method": "full"}, Plan(1, False)),
-    "full, two lanes": ("llama", {"method": "full", "lanes": 2}, Plan(4, False)),
-    "qwen2, tied": ("qwen2", {}, Plan(4, False)),
-    "gemma": ("gemma", {}, Plan(4, False)),
-    "gemma2, logits capped": ("gemma2", {}, Plan(4, False)),
-    "experts": ("mixtral", {}, Plan(4, False)),
-    "experts, 4 bits, recomputed": ("mixtral", {"bits": 4}, Plan(4, True)),
+    "many words": ("llama", {"sizes": {"vocab_size": 32768}}, MemoryPlan(2, False)),
+    "whole logits": ("llama", {"sizes": {"vocab_size": 8192}, "whole": True}, MemoryPlan(4, False)),
+    "top layer": ("llama", {"top": 1}, MemoryPlan(4, False)),
+    "dropout": ("llama", {"dropout": 0.1}, MemoryPlan(4, False)),
+    "dora": ("llama", {"method": "dora"}, MemoryPlan(4, False)),
+    "full": ("llama", {"method": "full"}, MemoryPlan(1, False)),
+    "full, two workers": ("llama", {"method": "full", "workers": 2}, MemoryPlan(4, False)),
+    "qwen2, tied": ("qwen2", {}, MemoryPlan(4, False)),
+    "gemma": ("gemma", {}, MemoryPlan(4, False)),
+    "gemma2, logits capped": ("gemma2", {}, MemoryPlan(4, False)),
+    "experts": ("mixtral", {}, MemoryPlan(4, False)),
+    "experts, 4 bits, recomputed": ("mixtral", {"bits": 4}, MemoryPlan(4, True)),
 }
 
 
@@ -148,7 +150,7 @@ def test_a_rehearsal_tells_what_training_takes(case: str) -> None:
     let_go()
     before = mx.get_active_memory()
     prepare = prepared(name, **how)
-    told = prepare.rehearse(plan, 1) - before
+    told = prepare.dry_run(plan, 1) - before
     taken = bytes_of_an_epoch(prepare, plan) - before
     assert told == pytest.approx(taken, rel=0.15)
 
@@ -156,7 +158,7 @@ def test_a_rehearsal_tells_what_training_takes(case: str) -> None:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model `m` and a folder `data` with rows of up to 200 tokens."""
-    folder = tmp_path_factory.mktemp("rehearsal")
+    folder = tmp_path_factory.mktemp("dry_run")
     tiny.write_model(folder / "m", {**tiny.LLAMA, "hidden_size": 128, "intermediate_size": 512})
     texts = ["".join(tiny.TEXTS[n:] + tiny.TEXTS[:n]) * (1 + n % 3) for n in range(12)]
     tiny.write_rows(folder / "data", train=texts, valid=texts[:5], test=texts[:3])
@@ -168,7 +170,16 @@ def run(shared: Path, out: Path, *arguments: str, status: int = 0) -> list[dict[
     let_go()
     where = ["--model", str(shared / "m"), "--data", str(shared / "data"), "--train"]
     files = ["--adapter-file", str(out / "adapters.npz"), "--steps-per-report", "1"]
-    rates = ["--learning-rate", "1e-2", "--val-batches", "1", "--lanes", "1", "--lora-layers", "-1"]
+    rates = [
+        "--learning-rate",
+        "1e-2",
+        "--val-batches",
+        "1",
+        "--workers",
+        "1",
+        "--lora-layers",
+        "-1",
+    ]
     assert lora.main([*where, *files, *rates, *arguments]) == status
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -199,11 +210,16 @@ def test_a_budget_is_kept_and_changes_no_result(
         assert max(line.get("peak_memory_bytes", 0) for line in lines) <= budget
         assert losses(lines) == pytest.approx(losses(free), rel=1e-4)
         assert tokens(lines) == tokens(free)
-        seen |= set(re.findall(r"memory: (\d of 4 rows at a time, .*):", capsys.readouterr().out))
+        seen |= set(
+            re.findall(
+                r"memory: micro-batch (\d of 4, gradient checkpointing \w+), ",
+                capsys.readouterr().out,
+            )
+        )
     assert seen == {
-        "2 of 4 rows at a time, the inside of blocks kept",
-        "1 of 4 rows at a time, the inside of blocks kept",
-        "1 of 4 rows at a time, the inside of blocks recomputed",
+        "2 of 4, gradient checkpointing off",
+        "1 of 4, gradient checkpointing off",
+        "1 of 4, gradient checkpointing on",
     }
 
 
@@ -229,7 +245,7 @@ def test_a_resumed_run_keeps_its_plan_and_its_bits(
     budget = ["--memory-budget", f"{round(rest + 0.45 * (most - rest))}B"]
     run(shared, tmp_path / "whole", "--iters", "4", *budget)
     run(shared, tmp_path / "parts", "--iters", "2", *budget)
-    monkeypatch.setattr(rehearsal, "choose_plan", pytest.fail)
+    monkeypatch.setattr(dry_run, "choose_plan", pytest.fail)
     run(shared, tmp_path / "parts", "--iters", "4", "--resume")
     whole, parts = (mx.load(str(tmp_path / name / "adapters.npz")) for name in ("whole", "parts"))
     assert all(mx.array_equal(whole[key], parts[key]) for key in whole)
@@ -238,11 +254,11 @@ def test_a_resumed_run_keeps_its_plan_and_its_bits(
 def test_a_plan_is_kept_until_rows_or_budget_are_to_be_others() -> None:
     options = Options(batch_size=4, memory_budget="1GB")
     saved = {"options": record(options), "plan": {"rows": 2, "recompute": True, "peak_bytes": 9}}
-    assert kept_plan(saved, options) == Plan(2, True)
-    assert kept_plan(saved, Options(batch_size=4, memory_budget="2GB")) is None
+    assert saved_plan(saved, options) == MemoryPlan(2, True)
+    assert saved_plan(saved, Options(batch_size=4, memory_budget="2GB")) is None
     fewer = Options(batch_size=2, grad_accumulation_steps=2, memory_budget="1GB")
-    assert kept_plan(saved, fewer) is None
-    assert kept_plan({"options": record(options)}, options) is None
+    assert saved_plan(saved, fewer) is None
+    assert saved_plan({"options": record(options)}, options) is None
 
 
 @pytest.mark.parametrize(
@@ -250,7 +266,7 @@ def test_a_plan_is_kept_until_rows_or_budget_are_to_be_others() -> None:
     [
         (["--train", "--memory-budget", "many"], "--memory-budget many: give a size such as 12GB"),
         (["--train", "--memory-budget", "900TB"], "--memory-budget 900TB: this machine has "),
-        (["--test", "--memory-budget", "1GB"], "--memory-budget 1GB is for --train"),
+        (["--test", "--memory-budget", "1GB"], "--memory-budget 1GB only applies to --train"),
     ],
 )
 def test_a_budget_that_is_none_is_refused_before_anything_is_loaded(

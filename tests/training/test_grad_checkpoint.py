@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lora
 from graft.adapters.attach import attach, lora_layers
 from graft.adapters.layer_config import LayerConfig
 from graft.errors import InputError
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from support.fast_cases import mean_loss
 from support.tiny import LLAMA, make_model
 
 
@@ -32,17 +32,22 @@ def adapted(config: dict[str, Any] = LLAMA, *, dropout: float = 0.0, bits: int =
     return model
 
 
-def rows(shape: tuple[int, int], vocabulary: int) -> tuple[mx.array, mx.array, mx.array]:
+def rows(shape: tuple[int, int], vocabulary: int) -> dict[str, mx.array]:
     tokens = np.random.default_rng(0).integers(0, vocabulary, (shape[0], shape[1] + 1))
-    return mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.ones(shape, dtype=mx.bool_)
+    mask = mx.ones(shape, dtype=mx.bool_)
+    return {
+        "inputs": mx.array(tokens[:, :-1]),
+        "targets": mx.array(tokens[:, 1:]),
+        "loss_mask": mask,
+    }
 
 
 def gradients(model: nn.Module, *, passes: int = 1) -> tuple[float, dict[str, mx.array]]:
     """The loss and the gradients of the last of several passes that follow one seed."""
     mx.random.seed(7)
-    step = nn.value_and_grad(model, lora.loss)
+    step = nn.value_and_grad(model, mean_loss)
     for _ in range(passes):
-        (loss, _), tree = step(model, *rows((2, 24), 512))
+        (loss, _), tree = step(model, rows((2, 24), 512))
         mx.eval(loss, tree)
     return loss.item(), dict(tree_flatten(tree))
 
@@ -70,7 +75,7 @@ def test_compiled_steps_recompute_the_same_random_numbers() -> None:
     batch = rows((2, 8), 512)
 
     def step() -> tuple[mx.array, Any]:
-        (loss, _), tree = nn.value_and_grad(model, lora.loss)(model, *batch)
+        (loss, _), tree = nn.value_and_grad(model, mean_loss)(model, batch)
         return loss, tree
 
     _, expected = gradients_of(step)
@@ -103,7 +108,7 @@ def peak(model: nn.Module) -> int:
     batch = rows((4, 128), 512)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(nn.value_and_grad(model, lora.loss)(model, *batch))
+    mx.eval(nn.value_and_grad(model, mean_loss)(model, batch))
     return mx.get_peak_memory() - before
 
 

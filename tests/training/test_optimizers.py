@@ -61,12 +61,12 @@ def test_every_name_of_the_options_is_there() -> None:
 @pytest.mark.parametrize(
     ("name", "decay"), [(n, d) for n in OWN for d in (0.0, DECAY) if n != "adam" or not d]
 )
-@pytest.mark.parametrize("large", [optimizers.LARGE, 11, 1])
+@pytest.mark.parametrize("large", [optimizers.LARGE_SIZE, 11, 1])
 def test_an_optimizer_is_mlx_s_own(
     name: str, decay: float, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether all arrays are joined, the smaller ones or none."""
-    monkeypatch.setattr(optimizers, "LARGE", large)
+    monkeypatch.setattr(optimizers, "LARGE_SIZE", large)
     optimizer = make_optimizer(name, weight_decay=decay)
     set_learning_rate(optimizer, RATE)
     found, expected = trained(optimizer), trained(OWN[name](decay))
@@ -86,7 +86,7 @@ def test_weight_decay_changes_what_every_optimizer_but_adam_does(name: str) -> N
 
 
 def test_weight_decay_with_adam_is_refused_with_what_to_take() -> None:
-    with pytest.raises(InputError, match=r"--weight-decay 0\.1: adam has none; take adamw"):
+    with pytest.raises(InputError, match=r"--weight-decay 0\.1: adam has none; use --opt"):
         make_optimizer("adam", weight_decay=0.1)
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.cli.run_options import options_parser, parse_options
 from graft.errors import InputError
-from graft.training.options import Options, build_parser, from_mapping, parse, record
+from graft.training.options import Options, from_mapping, record
 
 import pytest
 
@@ -38,7 +39,7 @@ OTHERS = ["iters", "learning_rate", "targets"]
 
 
 def options(*argv: str) -> Options:
-    return from_mapping(parse(build_parser("Train."), argv))
+    return from_mapping(parse_options(options_parser("Train."), argv))
 
 
 def refusal(*argv: str) -> str:
@@ -56,7 +57,7 @@ def yaml_file(folder: Path, text: str) -> str:
 @pytest.mark.parametrize("name", [*DEFAULTS, *OTHERS])
 def test_every_option_of_the_design_is_there(name: str) -> None:
     assert hasattr(Options(), name)
-    assert f"--{name.replace('_', '-')}" in build_parser("Train.").format_help()
+    assert f"--{name.replace('_', '-')}" in options_parser("Train.").format_help()
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -79,14 +80,14 @@ def test_the_prompt_has_its_short_name(flag: str) -> None:
 
 
 def test_a_command_with_some_options_has_those_alone() -> None:
-    parser = build_parser("Measure.", names=["model", "seed"])
-    assert parse(parser, ["--model", "m", "--seed", "3"]) == {"model": "m", "seed": 3}
+    parser = options_parser("Measure.", names=["model", "seed"])
+    assert parse_options(parser, ["--model", "m", "--seed", "3"]) == {"model": "m", "seed": 3}
     with pytest.raises(InputError, match="--rank"):
-        parse(parser, ["--rank", "3"])
+        parse_options(parser, ["--rank", "3"])
 
 
 def test_what_is_not_given_is_not_there() -> None:
-    assert parse(build_parser("Train."), ["--rank", "8"]) == {"rank": 8}
+    assert parse_options(options_parser("Train."), ["--rank", "8"]) == {"rank": 8}
 
 
 def test_a_choice_that_there_is_not_is_told_with_those_there_are(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_every_option_can_be_given_on_the_command_line() -> None:
 
 
 def test_every_option_has_help_and_its_default_in_it() -> None:
-    text = " ".join(build_parser("Train.").format_help().split())
+    text = " ".join(options_parser("Train.").format_help().split())
     for field in dataclasses.fields(Options):
         assert field.metadata["help"].split(",")[0].split("(")[0].strip() in text, field.name
     assert "(default: 0.8)" in text and "(default: 16, or" in text
@@ -165,7 +166,7 @@ def test_an_unknown_key_is_told_with_the_nearest_right_one(
     tmp_path: Path, key: str, nearest: str
 ) -> None:
     text = refusal("--config", yaml_file(tmp_path, f"{key}: 1\n"))
-    assert f"unknown option '{key}' (did you mean {nearest}?)" in text
+    assert f"unknown option '{key}' (did you mean '{nearest}'?)" in text
 
 
 def test_a_key_like_no_other_is_told_without_a_guess(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_value_of_the_wrong_type_is_told_with_the_right_one(
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     text = refusal("--config", yaml_file(tmp_path, "iters: many\nrnk: 3\nrank: 0\nseed: -1\n"))
-    assert all(part in text for part in ("iters:", "did you mean rank?", "--rank 0", "--seed -1"))
+    assert all(part in text for part in ("iters:", "did you mean 'rank'?", "--rank 0", "--seed -1"))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,23 @@
-"""Packed rows train as their documents do alone, and no document sees another."""
+"""Packed rows train as their segment_ids do alone, and no document sees another."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import lora
-from graft.data.batches import Batch, TrainingBatches, pack, pad
+from graft.data.batches import TrainingBatches
+from graft.data.collate import Batch, collate, collate_packed
 from graft.data.examples import Split
 from graft.runtime import cpu as backend
 from graft.runtime.cpu import runs_on_cpu
 from graft.training import chunked_loss as loss_module
-from graft.training.activation_cache import cache_trunk, is_cut
-from graft.training.chunked_loss import avoid_whole_logits
+from graft.training.activation_cache import cache_activations
+from graft.training.chunked_loss import use_chunked_loss
+from graft.training.frozen_prefix import has_no_prefix
 from graft.training.grad_checkpoint import checkpoint_blocks
+from graft.training.objectives.sft import objective as sft
 from graft.training.optimizers import make_optimizer, set_learning_rate
-from graft.training.packing import Separator, find_capacity, forward
+from graft.training.packing import SegmentMask, find_capacity, forward
 from graft.training.step import UpdateStep, adapter_parameters
 
 import mlx.core as mx
@@ -23,14 +26,14 @@ import numpy as np
 import pytest
 
 from support import fast_cases
-from support.fast_cases import assert_same_gradients, make_adapted, make_examples
+from support.fast_cases import arrays, assert_same_gradients, make_adapted, make_examples, mean_loss
 from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
 WINDOWED = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-# Some without change, some with a window shorter than the documents, one with experts of its own.
+# Some without change, some with a window shorter than the segment_ids, one with experts of its own.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("llama", "qwen2", "qwen3", "gemma", "phi3", "mixtral")},
     **{name: (name, {}) for name in ("olmo2", "cohere", "granite", "starcoder2")},
@@ -84,26 +87,26 @@ def make(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> nn.Modu
 def batches() -> tuple[Batch, Batch]:
     """The same rows alone and packed."""
     examples = make_examples(LENGTHS)
-    return pad(examples, range(len(examples))), pack(examples, PACKS, WIDTH)
+    return collate(examples, range(len(examples))), collate_packed(examples, PACKS, WIDTH)
 
 
 def gradients(model: nn.Module, batch: Batch) -> tuple[float, int, Any]:
     model.train()
     mx.random.seed(3)
-    (mean, tokens), tree = nn.value_and_grad(model, lora.loss)(model, *lora._arrays(batch))
+    (mean, tokens), tree = nn.value_and_grad(model, mean_loss)(model, arrays(batch))
     return mean.item(), int(tokens.item()), tree
 
 
-@pytest.mark.parametrize("whole_logits", [False, True], ids=["head", "whole logits"])
+@pytest.mark.parametrize("full_logits", [False, True], ids=["head", "full logits"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_the_documents_alone(
-    name: str, whole_logits: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, full_logits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With padding, masked prompts, grouped-query attention, tied heads and windows."""
     model = make(name, monkeypatch)
     assert find_capacity(model, 512) == 512
-    if not whole_logits:
-        avoid_whole_logits(model)
+    if not full_logits:
+        use_chunked_loss(model)
     alone, packed = batches()
     loss, tokens, tree = gradients(model, alone)
     found_loss, found_tokens, found = gradients(model, packed)
@@ -116,7 +119,7 @@ def test_without_the_mask_it_would_be_another_loss(monkeypatch: pytest.MonkeyPat
     model = make("llama", monkeypatch)
     alone, packed = batches()
     loss, _, _ = gradients(model, alone)
-    mean, _ = lora.loss(model, *lora._arrays(packed)[:3])
+    mean, _ = mean_loss(model, arrays(packed.without("segment_ids")))
     assert abs(mean.item() - loss) > 1e-4
 
 
@@ -145,18 +148,18 @@ def test_a_document_changes_no_bit_of_another(
     model = make(name, monkeypatch)
     model.eval()
     _, packed = batches()
-    inputs, documents = mx.array(packed.inputs), mx.array(packed.documents)
-    there = documents == changed + 1
-    before = forward(model, inputs, documents)
-    after = forward(model, mx.where(there, (inputs + 7) % 512, inputs), documents)
+    inputs, segment_ids = mx.array(packed["inputs"]), mx.array(packed["segment_ids"])
+    there = segment_ids == changed + 1
+    before = forward(model, inputs, segment_ids)
+    after = forward(model, mx.where(there, (inputs + 7) % 512, inputs), segment_ids)
     same = np.array(mx.all(before == after, axis=-1))
     assert same[~np.array(there)].all()
     assert not same[np.array(there)].any()
 
 
 def test_the_mask_by_hand() -> None:
-    separator = Separator(mx.array([[1, 1, 2, 2, 2, 3]]))
-    mask = separator.make_mask(6)
+    segment_mask = SegmentMask(mx.array([[1, 1, 2, 2, 2, 3]]))
+    mask = segment_mask.make_mask(6)
     assert mask.dtype == mx.bool_ and mask.shape == (1, 1, 6, 6)
     assert np.array(mask[0, 0]).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -166,7 +169,7 @@ def test_the_mask_by_hand() -> None:
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
-    windowed = np.array(separator.make_mask(6, window_size=2)[0, 0]).astype(int)
+    windowed = np.array(segment_mask.make_mask(6, window_size=2)[0, 0]).astype(int)
     assert windowed[4].tolist() == [0, 0, 0, 1, 1, 0]
 
 
@@ -181,9 +184,7 @@ def test_what_cannot_pack_says_so(
     if changes is not None:
         monkeypatch.setitem(fast_cases.ARCHITECTURES, name, changes)
     assert find_capacity(make_adapted(name), 512) is None
-    assert capsys.readouterr().out == (
-        "packing: none, since this model's logits are others where rows share one\n"
-    )
+    assert capsys.readouterr().out == ("packing: off because packing changes this model's logits\n")
 
 
 class FarPositions(nn.Module):
@@ -212,34 +213,34 @@ def test_a_packed_row_is_no_longer_than_what_the_model_was_made_for() -> None:
 
 
 def train(
-    *, accumulation: int = 1, lanes: int = 1, epochs: int = 1, blocks: int | None = None
+    *, accumulation: int = 1, workers: int = 1, epochs: int = 1, blocks: int | None = None
 ) -> tuple[list[float], UpdateStep, dict[str, mx.array]]:
     """Losses, step and adapter after packed steps of four rows."""
     model = make_adapted("llama", num_layers=blocks)
-    avoid_whole_logits(model)
+    use_chunked_loss(model)
     optimizer = make_optimizer("sgd")
     examples = make_examples(LENGTHS * 4)
     steps_of = TrainingBatches(
-        examples, 4 // accumulation, accumulation=accumulation, lanes=lanes, capacity=WIDTH
+        examples, 4 // accumulation, accumulation=accumulation, workers=workers, capacity=WIDTH
     )
-    update = UpdateStep(model, lora.loss, optimizer, lanes=lanes)
+    update = UpdateStep(model, sft, optimizer, workers=workers)
     set_learning_rate(optimizer, 1e-2)
     model.train()
     losses = []
     for _ in range(steps_of.steps_in(epochs)):
-        losses.append(update([lora._arrays(batch) for batch in next(steps_of)]).loss)
+        losses.append(update([arrays(batch) for batch in next(steps_of)]).loss)
     return losses, update, adapter_parameters(model)
 
 
-on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="lanes are for the CPU")
+on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="only a CPU has several workers")
 
 
 @pytest.mark.parametrize(
     "division",
-    [{"accumulation": 4}, {"accumulation": 2}, pytest.param({"lanes": 2}, marks=on_cpu)],
+    [{"accumulation": 4}, {"accumulation": 2}, pytest.param({"workers": 2}, marks=on_cpu)],
 )
 def test_dividing_packed_batches_changes_nothing(division: dict[str, int]) -> None:
-    """By accumulation, which weighs gradients by their tokens, and by lanes."""
+    """By accumulation, which weighs gradients by their tokens, and by workers."""
     losses, _, adapter = train()
     found, _, parts = train(**division)
     assert found == pytest.approx(losses, rel=1e-5)
@@ -279,13 +280,13 @@ def test_states_of_a_cached_trunk_are_packed_too(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = make(name, monkeypatch, num_layers=1)
-    avoid_whole_logits(model)
+    use_chunked_loss(model)
     splits = {"train": Split(make_examples(LENGTHS))}
-    loss, _, tree = gradients(model, pack(splits["train"].examples, PACKS, WIDTH))
+    loss, _, tree = gradients(model, collate_packed(splits["train"].examples, PACKS, WIDTH))
     settings: dict[str, Any] = {"mode": "memory", "repeated": True, "model_key": "a model"}
-    splits = cache_trunk(model, splits, lora.loss, folder=tmp_path, **settings)
-    assert is_cut(model)
-    found_loss, _, found = gradients(model, pack(splits["train"].examples, PACKS, WIDTH))
+    splits = cache_activations(model, splits, sft, folder=tmp_path, **settings)
+    assert has_no_prefix(model)
+    found_loss, _, found = gradients(model, collate_packed(splits["train"].examples, PACKS, WIDTH))
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(found, tree)
 
@@ -345,4 +346,4 @@ def test_a_model_that_cannot_pack_trains_as_without_the_option(
     settings = ["--iters", "4", "--max-seq-length", "128"]
     plain = run(folder, "plain", *settings, model="gpt2")
     assert run(folder, "packed", "--pack", *settings, model="gpt2") == plain
-    assert "packing: none" in capsys.readouterr().out
+    assert "packing: off" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lora
 from graft.training.options import Options
-from graft.training.run_folder import RunFiles, program
+from graft.training.run_folder import RunFolder, program
 
 import pytest
 import yaml
@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_everything_stands_in_the_folder_of_the_adapter(tmp_path: Path) -> None:
-    files = RunFiles(Options(adapter_file=str(tmp_path / "x.safetensors")))
+    files = RunFolder(Options(adapter_file=str(tmp_path / "x.safetensors")))
     assert files.best == tmp_path / "x.best.safetensors"
     assert files.metrics == tmp_path / "metrics.jsonl"
     assert files.options == tmp_path / "run.yaml"
@@ -48,7 +48,7 @@ def test_everything_stands_in_the_folder_of_the_adapter(tmp_path: Path) -> None:
 def test_the_command_that_resumes_is_quoted_and_named_as_it_was_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    files = RunFiles(Options(adapter_file="my run/a.npz"))
+    files = RunFolder(Options(adapter_file="my run/a.npz"))
     monkeypatch.setattr(sys, "argv", ["/somewhere/lora.py"])
     assert files.resume_command == "python lora.py --resume --adapter-file 'my run/a.npz'"
     monkeypatch.setattr(sys, "argv", ["graft lora"])

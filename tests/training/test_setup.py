@@ -6,7 +6,7 @@ from graft.adapters.adapter import layer_configs
 from graft.adapters.attach import attach
 from graft.adapters.targets import plan
 from graft.errors import InputError
-from graft.training.setup import read_unquantized_weights
+from graft.training.setup import read_unquantized_weights, start_adapter
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,6 @@ BLOCK = "model.layers.2"
 
 
 def test_loftq_corrects_the_rounding_of_a_run_s_model(tmp_path: Path) -> None:
-    import lora
 
     whole = write_model(tmp_path / "whole", LLAMA)
     packed = write_model(tmp_path / "packed", LLAMA, bits=2)
@@ -28,7 +27,7 @@ def test_loftq_corrects_the_rounding_of_a_run_s_model(tmp_path: Path) -> None:
     for method in ("lora", "loftq"):
         model, _ = read_model(packed)
         options = from_mapping({"method": method, "rank": 16, "original_model": str(whole)})
-        lora.start_adapter(model, options)
+        start_adapter(model, options)
         assert {config.method for config in layer_configs(model).values()} == {method}
         layer = model.model.layers[0].mlp.up_proj
         original = read_model(whole)[0].model.layers[0].mlp.up_proj.weight
@@ -52,13 +51,12 @@ def test_loftq_needs_the_model_before_quantization(original: str | None, tmp_pat
 
 
 def test_the_record_of_a_run_has_its_patterns(tmp_path: Path) -> None:
-    import lora
     from graft.adapters.files import save_adapter
     from graft.training.options import from_mapping
 
     model = make_model(LLAMA)
     options = from_mapping({"targets": "q_proj,model.norm", "rank_pattern": "q_proj=2"})
-    save_adapter(tmp_path / "a.npz", model, **lora.start_adapter(model, options))
+    save_adapter(tmp_path / "a.npz", model, **start_adapter(model, options))
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     assert content["layers"]["model.norm"] == {
         "rank": 1,

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import lora
 from graft.adapters.attach import attach
 from graft.adapters.layer_config import LayerConfig
 from graft.data.batches import TrainingBatches
 from graft.data.examples import Example
 from graft.runtime import cpu as backend
 from graft.training import step as step_module
+from graft.training.objectives.sft import objective as sft
 from graft.training.optimizers import OPTIMIZERS, make_optimizer, set_learning_rate
 from graft.training.step import UpdateStep, adapter_parameters, clip
 
@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from support.fast_cases import mean_loss
 from support.tiny import LLAMA, make_model
 
 CONFIG = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
@@ -46,7 +47,7 @@ def batches_of(rows: list[Example], size: int, accumulation: int) -> TrainingBat
 
 
 def make_step(
-    model: nn.Module, name: str = "adam", *, loss: Any = lora.loss, grad_clip: float = 0.0
+    model: nn.Module, name: str = "adam", *, loss: Any = sft, grad_clip: float = 0.0
 ) -> UpdateStep:
     optimizer = make_optimizer(name)
     update = UpdateStep(model, loss, optimizer, grad_clip=grad_clip)
@@ -54,8 +55,8 @@ def make_step(
     return update
 
 
-def arrays(batches: list[Any]) -> list[tuple[mx.array, ...]]:
-    return [tuple(map(mx.array, (b.inputs, b.targets, b.loss_mask))) for b in batches]
+def arrays(batches: list[Any]) -> list[dict[str, mx.array]]:
+    return [batch.to_mlx() for batch in batches]
 
 
 def train(size: int, accumulation: int, *, steps: int = 6) -> tuple[UpdateStep, list[Any]]:
@@ -71,7 +72,7 @@ def test_a_rehearsal_changes_nothing(name: str, more: bool) -> None:
     batches = batches_of(uneven_rows(), 4, 1)
     update, other = make_step(adapted(), name), make_step(adapted(), name)
     for _ in range(2):
-        update.rehearse(arrays(batches.widest()), more=more)
+        update.dry_run(arrays(batches.widest()), more=more)
         step = arrays(next(batches))
         assert update(step) == other(step)
     for key, array in other.state().items():
@@ -89,7 +90,8 @@ def test_an_update_computes_in_place(name: str, most: float) -> None:
     model.unfreeze()
     size = sum(array.nbytes for array in adapter_parameters(model).values())
     update = make_step(model, name)
-    row = mx.zeros((1, 4), mx.int32), mx.zeros((1, 4), mx.int32), mx.ones((1, 4), mx.bool_)
+    ids = mx.zeros((1, 4), mx.int32)
+    row = {"inputs": ids, "targets": ids, "loss_mask": mx.ones((1, 4), mx.bool_)}
     update([row])
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -116,7 +118,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
     batch = arrays(next(batches_of(uneven_rows(), 8, 1)))
     model = adapted()
     before = adapter_parameters(model)
-    (_, tokens), gradient = nn.value_and_grad(model, lora.loss)(model, *batch[0])
+    (_, tokens), gradient = nn.value_and_grad(model, mean_loss)(model, batch[0])
     flat = dict(step_module.tree_flatten(gradient))
     norm = np.sqrt(sum(np.square(np.array(g)).sum() for g in flat.values()))
     result = make_step(model, "sgd")(arrays(next(batches_of(uneven_rows(), 2, 4))))
@@ -127,10 +129,13 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
         np.testing.assert_allclose(change, RATE * np.array(flat[path]), rtol=1e-3, atol=1e-7)
 
 
-def nan_loss(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+Batch = dict[str, mx.array]
+
+
+def nan_loss(model: nn.Module, batch: Batch) -> Any:
     """Not a number where a batch begins with token 0."""
-    mean, tokens = lora.loss(model, *batch)
-    return mx.where(batch[0][0, 0] == 0, mx.nan, mean), tokens
+    total, tokens, metrics = sft(model, batch)
+    return mx.where(batch["inputs"][0, 0] == 0, mx.nan, total), tokens, metrics
 
 
 @mx.custom_function
@@ -144,10 +149,18 @@ def infinite(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     return cotangent * factor, mx.zeros_like(primals[1])
 
 
-def inf_gradient(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+def inf_gradient(model: nn.Module, batch: Batch) -> Any:
     """A finite loss whose gradient is infinite where a batch begins with token 0."""
-    mean, tokens = lora.loss(model, *batch)
-    return with_infinite_gradient(mean, (batch[0][0, 0] == 0).astype(mx.float32)), tokens
+    total, tokens, metrics = sft(model, batch)
+    poisoned = (batch["inputs"][0, 0] == 0).astype(mx.float32)
+    return with_infinite_gradient(total, poisoned), tokens, metrics
+
+
+def poisoned(batch: Batch) -> Batch:
+    """The batch, beginning with token 0."""
+    inputs = np.array(batch["inputs"])
+    inputs[0, 0] = 0
+    return batch | {"inputs": mx.array(inputs)}
 
 
 def copies(update: UpdateStep) -> dict[str, bytes]:
@@ -161,31 +174,29 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, loss: Any, positio
     """Neither adapter nor moments nor the count of steps, bit for bit, wherever the bad rows are;
     and the steps after it are those of a run without it."""
     good = [arrays(next(batches_of(uneven_rows(), 2, 2))) for _ in range(2)]
-    bad = [tuple(a) for a in good[0]]
-    inputs = np.array(bad[position][0])
-    inputs[0, 0] = 0
-    bad[position] = (mx.array(inputs), *bad[position][1:])
+    bad = list(good[0])
+    bad[position] = poisoned(bad[position])
     update, undisturbed = (make_step(adapted(), name, loss=loss) for _ in range(2))
     for one in (update, undisturbed):
-        assert one(good[0]).good
+        assert one(good[0]).finite
     before = copies(update)
     result = update(bad)
-    assert not result.good
+    assert not result.finite
     assert np.isfinite(result.loss) == (loss is inf_gradient)
     assert copies(update) == before
     for one in (update, undisturbed):
-        assert one(good[1]).good
+        assert one(good[1]).finite
     assert copies(update) == copies(undisturbed) != before
 
 
 def test_a_step_without_trained_tokens_is_finite_and_of_loss_zero() -> None:
     """Masked prompts that fill every row are 0 / 0 elsewhere."""
     batch = [
-        (*each[:2], mx.zeros_like(each[2]))
+        {**each, "loss_mask": mx.zeros_like(each["loss_mask"])}
         for each in arrays(next(batches_of(uneven_rows(), 2, 1)))
     ]
     result = make_step(adapted())(batch)
-    assert (result.loss, result.tokens, result.grad_norm, result.good) == (0.0, 0, 0.0, True)
+    assert (result.loss, result.tokens, result.grad_norm, result.finite) == (0.0, 0, 0.0, True)
 
 
 def test_clipping_scales_the_whole_gradient_to_its_limit() -> None:
@@ -256,11 +267,9 @@ def test_compiled_steps_guard_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
     update = make_step(model, loss=nan_loss)
     batch = arrays(next(batches_of(uneven_rows(), 2, 1)))
     before = copies(update)
-    assert update(batch).good and copies(update) != before
+    assert update(batch).finite and copies(update) != before
     before = copies(update)
-    inputs = np.array(batch[0][0])
-    inputs[0, 0] = 0
-    assert not update([(mx.array(inputs), *batch[0][1:])]).good
+    assert not update([poisoned(batch[0])]).finite
     assert copies(update) == before
-    assert update(batch).good
+    assert update(batch).finite
     assert update.traces == (3, 3)

@@ -48,7 +48,7 @@ def run(folder: Path, plan: str, *, restarts: int) -> tuple[int, list[str]]:
     return status, (folder / "notes").read_text().splitlines()
 
 
-# 137 is what a training exits with that lost the process of one of its lanes.
+# 137 is what a training exits with that lost the process of one of its workers.
 @pytest.mark.parametrize("ending", ["SIGKILL", "SIGABRT", "SIGSEGV", "137"])
 def test_after_a_death_it_goes_on_with_half_the_rows_and_that_is_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], ending: str
