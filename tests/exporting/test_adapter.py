@@ -1,18 +1,14 @@
 """graft/exporting/adapter.py: what the command makes of an adapter, and what it refuses."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import graft  # noqa: F401
 from graft.adapters.adapter import Adapter
 from graft.adapters.files import load_adapter
-from graft.adapters.formats import FORMATS
 from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.cli import export as exporting
-from graft.exporting.model_card import write_card
-from graft.exporting.publish import make_card
 
 import mlx.core as mx
 import pytest
@@ -135,14 +131,3 @@ def test_what_exists_is_replaced_with_force_alone(
     assert exporting.main(arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert exporting.main([*arguments, "--force"]) == 0
-
-
-def test_a_card_tells_no_place_of_this_machine(run: Path) -> None:
-    adapter = load_adapter(run / "run")
-    usage, source = FORMATS["peft"].usage, run / "run" / "adapters.npz"
-    assert usage is not None
-    text = write_card(make_card("me/mine", usage, adapter, source))
-    assert str(run) not in text and "base_model" not in text
-    named = make_card("me/mine", usage, replace(adapter, base_model="owner/base"), source)
-    assert 'base_model: "owner/base"' in write_card(named)
-    assert json.dumps("owner/base") in write_card(named)
