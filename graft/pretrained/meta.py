@@ -209,6 +209,19 @@ def _mlx_name(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | N
     return new_name and f"{prefix}{new_name}.{kind}", axis
 
 
+def path_from_meta(name: str) -> str:
+    """mlx-lm's path of a layer that has Meta's name; any other name as it is."""
+    match = re.fullmatch(r"(layers\.\d+\.)?(.+)", name)
+    if match is None:
+        return name
+    layer, module = match.groups()
+    names = _LAYER_NAMES if layer else _TOP_NAMES
+    if module not in names:
+        return name
+    prefix = f"model.{layer}" if layer else ""
+    return f"{prefix}{names[module][0]}"
+
+
 def _problems(
     name: str,
     new_name: str,

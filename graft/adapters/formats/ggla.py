@@ -13,10 +13,10 @@ from graft.adapters.adapter import Adapter
 from graft.adapters.factors import Factors, from_factors, paired
 from graft.adapters.formats import Format, register_format
 from graft.adapters.formats.gguf import to_mlx_name
-from graft.adapters.formats.npz import new_name
 from graft.adapters.layer_kinds import LINEAR
 from graft.errors import InputError, first_line
 from graft.pretrained.architectures import INTERLEAVED
+from graft.pretrained.meta import path_from_meta
 
 import mlx.core as mx
 import numpy as np
@@ -43,7 +43,7 @@ def read_ggla(path: Path) -> Adapter:
     except Exception as error:  # a fuzzed file finds every branch
         raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
     pairs, unknown = paired(tensors, _SUFFIXES)
-    names = {n: to_mlx_name(n, "llama") or new_name(n) for n in pairs}
+    names = {n: to_mlx_name(n, "llama") or path_from_meta(n) for n in pairs}
     unknown += [name for name, new in names.items() if new == name]
     if unknown or not pairs:
         raise InputError(

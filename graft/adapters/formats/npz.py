@@ -6,7 +6,6 @@ names them as Hugging Face does and scales by 20.
 Reference: https://github.com/ml-explore/mlx-examples/tree/main/lora
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +14,10 @@ from graft.adapters.factors import factors_at_scale, from_factors, paired
 from graft.adapters.formats import Format, register_format
 from graft.errors import InputError
 from graft.pretrained.architectures import INTERLEAVED
+from graft.pretrained.meta import path_from_meta
 from graft.storage.tensor_file import read_tensor_file
 
 OLD_SCALE, NEW_SCALE = 2.0, 20.0
-_OLD_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.gate": "block_sparse_moe.gate",
-}
-_OLD_TOP_NAMES = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 _SUFFIXES = {".lora_a": "a", ".lora_b": "b"}
 
 
@@ -47,11 +36,11 @@ def read_npz(path: Path, *, alpha: float | None = None) -> Adapter:
         raise InputError(f"{path} has tensors other than lora_a and lora_b: {', '.join(unknown)}")
     if not pairs:
         raise InputError(f"{path} holds no lora_a and lora_b")
-    old = any(name.startswith("layers.") or name in _OLD_TOP_NAMES for name in pairs)
+    old = any(name.startswith("layers.") or path_from_meta(name) != name for name in pairs)
     scale = OLD_SCALE if old else NEW_SCALE
     factors = {}
     for name, halves in pairs.items():
-        path_of_layer = new_name(name)
+        path_of_layer = path_from_meta(name)
         layer = factors_at_scale(path_of_layer, halves, scale)
         factors[path_of_layer] = layer if alpha is None else replace(layer, alpha=alpha)
     ranks = sorted({layer.rank for layer in factors.values() if layer.b.ndim > 1})
@@ -62,16 +51,6 @@ def read_npz(path: Path, *, alpha: float | None = None) -> Adapter:
         f"{', '.join(map(str, ranks))} from the shapes, {assumed}"
     )
     return from_factors(factors, rotary=INTERLEAVED if old else None, notes=(note,))
-
-
-def new_name(name: str) -> str:
-    """Hugging Face's name for a layer with Meta's name, or with Hugging Face's."""
-    if name in _OLD_TOP_NAMES:
-        return _OLD_TOP_NAMES[name]
-    match = re.fullmatch(r"layers\.(\d+)\.(\w+\.\w+)", name)
-    if match and match[2] in _OLD_NAMES:
-        return f"model.layers.{match[1]}.{_OLD_NAMES[match[2]]}"
-    return name
 
 
 register_format(
