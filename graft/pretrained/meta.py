@@ -206,7 +206,7 @@ def _mlx_name(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, int | N
     if module == "tok_embeddings" and shape[-1:] == (dim,):
         axis = 0  # Llama 3 splits the vocabulary, earlier models the width
     prefix = f"model.{layer}" if layer else ""
-    return new_name and f"{prefix}{new_name}.{kind}", axis
+    return (f"{prefix}{new_name}.{kind}" if new_name else ""), axis
 
 
 def path_from_meta(name: str) -> str:
