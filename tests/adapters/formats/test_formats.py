@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import struct
 import time
@@ -39,6 +40,7 @@ from support.adapter_cases import (
     refusal,
     write,
 )
+from support.paths import ROOT
 from support.tiny import LLAMA, make_model
 
 
@@ -324,3 +326,10 @@ def test_a_new_format_takes_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     again = load_adapter(tmp_path, alpha=6.0)
     assert again.layers == adapter.layers
     assert all(mx.array_equal(again.tensors[n], array) for n, array in adapter.tensors.items())
+
+
+def test_the_page_lists_every_format_and_whether_it_is_written() -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| yes \| (yes)? ?\|$", text, re.MULTILINE)
+    written = {name: bool(yes) for name, yes in rows}
+    assert written == {name: format.write is not None for name, format in FORMATS.items()}
