@@ -22,7 +22,7 @@ SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 LONGEST_FUNCTION, LONGEST_FILE = 60, 600
 # Tests of more than one module of their folder.
 EXTRA = {
-    "": {"house"},
+    "": {"house", "packaging"},
     "adapters": {"any_model"},
     "cli": {"main"},
     "pretrained": {"reference", "sapling"},

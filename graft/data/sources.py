@@ -22,6 +22,9 @@ from graft.errors import InputError
 
 _SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 _SPLIT_FILE = re.compile(r"(train|valid|validation|test)(-\d+-of-\d+)?")
+# The default data, in a checkout and in an installation.
+DEFAULT_DATA = "datasets/mlx-docs"
+INSTALLED_DATA = Path(__file__).parents[1] / "assets" / "mlx-docs"
 _DATASET_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
@@ -130,13 +133,18 @@ def find_split_sources(
     return {name: splits[name] for name in needed}
 
 
-def check_data_name(data: str) -> None:
+def check_data_name(data: str) -> str:
     """Refuse, before anything is loaded, a name that cannot be data.
+
+    Returns:
+        The name; outside a checkout, the default data is the copy that comes with Graft.
 
     Raises:
         InputError: it is neither a file of a known type, nor a folder, nor the name of a dataset.
     """
     path = Path(data)
+    if data == DEFAULT_DATA and not path.exists():
+        return str(INSTALLED_DATA)
     if path.is_file() and path.suffix not in FILE_READERS:
         raise InputError(f"{data} ends in none of {', '.join(FILE_READERS)}; --data takes these")
     # If a folder OWNER exists here, OWNER/NAME is a misspelled path.
@@ -146,6 +154,7 @@ def check_data_name(data: str) -> None:
             f"there is no file or folder {data}; make a folder with `graft dataset`, or name a "
             "Hugging Face dataset as OWNER/NAME"
         )
+    return data
 
 
 def hold_out(
@@ -175,7 +184,7 @@ def hold_out(
 
 def _find_sources(data: str) -> DataSource | dict[str, DataSource]:
     """The data as one source, or one for each split that it is divided into."""
-    check_data_name(data)
+    data = check_data_name(data)
     path = Path(data)
     if path.is_dir():
         return _folder_sources(path)

@@ -1,9 +1,9 @@
 """Gives MLX a fast BLAS on Linux.
 
 MLX's Linux wheels bundle the reference BLAS, whose float32 matmul is 30 to 80 times slower than an
-optimised one. MLX looks its BLAS symbols up in the process's global scope first, so an optimised
-library that is loaded there before `mlx.core` takes the bundled one's place. macOS has Accelerate
-and Metal and needs none of this. Importing `graft` calls `load`; nothing else has to.
+optimized one. MLX looks up its BLAS symbols in the process's global scope first, so an optimized
+library that is loaded there before `mlx.core` replaces the bundled one. macOS has Accelerate and
+Metal and needs none of this. Importing `graft` calls `load`.
 
 The environment variable GRAFT_BLAS names the library to load, or is "off".
 """
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from graft.console import note
+
 _SYMBOL = "cblas_sgemm"
 _THREAD_FUNCTIONS = (
     ("openblas_get_num_threads", "openblas_set_num_threads"),
@@ -25,10 +27,10 @@ _THREAD_FUNCTIONS = (
 
 
 def load() -> None:
-    """Load an optimised BLAS for MLX to find, unless one is loaded already.
+    """Load an optimized BLAS for MLX to find, unless one is loaded already.
 
-    Says so on standard error, in one line, when there is none, when it comes too late, or when
-    GRAFT_BLAS names a library that does not serve.
+    A line on standard error reports if there is none, if MLX was imported before, or if GRAFT_BLAS
+    names a library that cannot be used.
     """
     named = os.environ.get("GRAFT_BLAS")
     if sys.platform != "linux" or named == "off" or loaded():
@@ -37,14 +39,14 @@ def load() -> None:
     if not wheels:
         return
     if "mlx.core" in sys.modules:
-        _say("mlx was imported before graft, too late to give it a fast BLAS: import graft first")
+        _warn("mlx was imported before graft, so it keeps its slow BLAS: import graft first")
     elif named:
         try:
             _load_globally(named)
         except OSError as error:
-            _say(f"GRAFT_BLAS={named} does not serve, MLX keeps its own slow BLAS: {error}")
-    elif not _load_first_that_serves() and "mlx_cpu.libs" in wheels:
-        _say(
+            _warn(f"GRAFT_BLAS={named} cannot be used, so MLX keeps its slow BLAS: {error}")
+    elif not _load_first_usable() and "mlx_cpu.libs" in wheels:
+        _warn(
             "no fast BLAS found, so MLX's matmul is 30 to 80 times slower: install OpenBLAS "
             "(Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora: dnf install "
             "openblas-threads) or, on x86-64, pip install mkl; GRAFT_BLAS=off hides this"
@@ -52,7 +54,7 @@ def load() -> None:
 
 
 def loaded() -> str | None:
-    """Path of the library in the global scope that MLX's matmul binds to; None if there is none."""
+    """Path of the global library that MLX's matmul binds to; None if there is none."""
     try:
         function = ctypes.CDLL(None)[_SYMBOL]
     except AttributeError:
@@ -64,7 +66,7 @@ def loaded() -> str | None:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """While this lasts the loaded BLAS uses so many threads; one that cannot be told stays."""
+    """Let the loaded BLAS use `count` threads until the context ends, if that can be set."""
     get, set_ = _thread_functions() or (lambda: count, lambda _: None)
     before = get()
     set_(count)
@@ -76,7 +78,7 @@ def threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def _thread_functions() -> tuple[Callable[[], int], Callable[[int], object]] | None:
-    """How to ask and tell the loaded BLAS its number of threads."""
+    """Functions that get and set the number of threads of the loaded BLAS."""
     path = loaded() if sys.platform == "linux" else None
     library = ctypes.CDLL(path) if path else None
     for get, set_ in _THREAD_FUNCTIONS:
@@ -99,7 +101,7 @@ class _SymbolInformation(ctypes.Structure):
 def _wheels_with_reference_blas() -> list[str]:
     """The library folders of MLX's Linux wheels, such as mlx_cpu.libs or mlx_cuda_12.libs.
 
-    An MLX that was built from source or by a distribution has none: it links a BLAS of its own.
+    An MLX built from source or by a distribution has none: it links the system's BLAS.
     """
     spec = importlib.util.find_spec("mlx")
     locations = spec.submodule_search_locations if spec else None
@@ -108,7 +110,7 @@ def _wheels_with_reference_blas() -> list[str]:
 
 
 def _candidates() -> Iterator[str]:
-    """Libraries to try, threaded ones first; a bare name is the dynamic linker's to find."""
+    """Libraries to try, threaded ones first; the dynamic linker finds a bare name."""
     yield f"/usr/lib/{os.uname().machine}-linux-gnu/openblas-pthread/libopenblas.so.0"  # Debian
     yield from ("libopenblasp.so.0", "libopenblaso.so.0")  # Fedora, with threads or OpenMP
     yield "libopenblas_pthreads.so.0"  # openSUSE
@@ -117,7 +119,7 @@ def _candidates() -> Iterator[str]:
         yield from sorted(map(str, Path(sys.prefix, "lib").glob(pattern)))
 
 
-def _load_first_that_serves() -> bool:
+def _load_first_usable() -> bool:
     for name in _candidates():
         with contextlib.suppress(OSError):
             _load_globally(name)
@@ -126,13 +128,17 @@ def _load_first_that_serves() -> bool:
 
 
 def _load_globally(name: str) -> None:
-    """Load a library into the global scope, or raise an OSError that says why it does not serve."""
+    """Load a library into the global scope.
+
+    Raises:
+        OSError: it cannot be loaded, or is not a BLAS.
+    """
     if not hasattr(ctypes.CDLL(name), _SYMBOL):
         raise OSError(f"it has no {_SYMBOL}")
     ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
 
 
-def _say(what: str) -> None:
-    print(f"graft: {what}", file=sys.stderr)
+def _warn(text: str) -> None:
+    note(text)
     # Child processes inherit this: one line for all of them is enough.
     os.environ["GRAFT_BLAS"] = "off"

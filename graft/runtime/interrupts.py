@@ -1,14 +1,17 @@
-"""Ctrl-C and SIGTERM as a wish that a loop can ask after, so that it ends at a good place."""
+"""Ctrl-C and SIGTERM as a request that a loop can check, so that it ends at a good point."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 
 class Interrupts:
-    """A context in which the first SIGINT or SIGTERM is noted; the second ends the process at once.
+    """A context that records the first SIGINT or SIGTERM; the second ends the process at once.
+
+    Only the main thread of a process can handle signals; in others the context has no effect.
 
     Attributes:
-        received: the signal that came, if one did.
+        received: the signal, if there was one.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -18,11 +21,13 @@ class Interrupts:
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for TERM."""
+        """The status of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, else 0."""
         return 128 + self.received if self.received is not None else 0
 
     def __enter__(self) -> "Interrupts":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        signals = self.SIGNALS if in_main_thread else ()
+        self._before = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(
@@ -36,6 +41,6 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        # The system's own handling needs no Python to run, which a long computation would hold up.
+        # The default handling does not wait for Python, which a long computation would hold up.
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)

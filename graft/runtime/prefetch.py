@@ -1,4 +1,4 @@
-"""Items made while those before them are in use."""
+"""Prefetching: makes the next item in a background thread while the current one is used."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -9,16 +9,16 @@ _END: Any = object()
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in order, each made in another thread while the one before is in use.
+    """The items in order, each made in another thread while the previous one is in use.
 
-    Nothing is made before the first is asked for. What fails in making one is raised where it is
-    asked for.
+    Nothing is made before the first item is asked for. An exception in making an item is raised
+    where that item is asked for.
     """
-    from concurrent.futures import ThreadPoolExecutor  # Not for --help, which it would slow down.
+    from concurrent.futures import ThreadPoolExecutor  # Slow to import, and not needed by --help.
 
     iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as maker:
-        coming = maker.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
-            coming = maker.submit(next, iterator, _END)
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        following = thread.submit(next, iterator, _END)
+        while (item := following.result()) is not _END:
+            following = thread.submit(next, iterator, _END)
             yield item

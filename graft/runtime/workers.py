@@ -1,11 +1,12 @@
-"""Parts of a batch computed side by side, on the cores of a CPU.
+"""Data parallelism on one CPU: each worker process computes part of a batch on its own core.
 
-MLX's CPU backend works on one operation at a time, and only the BLAS uses more than one core for
-it. With a part of the batch for each core, each with a BLAS of one thread, everything else runs on
-all cores, too. Each part but the first has a process of its own: within one, MLX hands out so
-little work ahead, for all streams together, that they keep waiting for each other. A process is
-forked when it is first needed, so that it shares the model's memory. Results are the same every
-time, and those of one worker to rounding, but for what is dropped out at random.
+MLX's CPU backend runs one operation at a time, and only the BLAS uses several cores for it. With
+part of the batch on each core, and a single-threaded BLAS in each process, everything runs on all
+cores. The first part is computed in the calling process and every other part in a worker process:
+within one process MLX schedules so little work ahead, for all streams together, that the streams
+keep waiting for each other. A worker is forked when it is first needed, so that it shares the
+model's memory. Results are the same every time, and equal those of one worker up to rounding,
+except for dropout.
 """
 
 import ctypes
@@ -36,14 +37,14 @@ Item = TypeVar("Item")
 
 
 def choose_workers(asked: int | None, batch_size: int) -> int:
-    """How many workers: by default one a core on Linux's CPU, and elsewhere always one.
+    """How many workers to use: by default one per core on a Linux CPU, and one elsewhere.
 
     Args:
-        asked: by the user.
-        batch_size: rows that there are to divide.
+        asked: the number the user asked for, if any.
+        batch_size: rows to divide among them.
 
     Raises:
-        InputError: several were asked for elsewhere.
+        InputError: several were asked for where there can only be one.
     """
     if sys.platform == "linux" and runs_on_cpu():
         return min(asked or len(os.sched_getaffinity(0)), batch_size)
@@ -53,32 +54,33 @@ def choose_workers(asked: int | None, batch_size: int) -> int:
 
 
 def in_groups(items: Sequence[Item], workers: int) -> list[Sequence[Item]]:
-    """The items in order, as many at a time as there are workers."""
+    """The items in order, in groups of as many as there are workers."""
     return [items[start : start + workers] for start in range(0, len(items), workers)]
 
 
 class Workers:
-    """Calls a function for several items at the same time; a context that ends its processes.
+    """Calls a function on several items at the same time; a context that ends its processes.
 
     Args:
-        function: of an item, to a tree of arrays. Another process has all that it uses as it was
-            when the process was started. What changes from then on has to be in the items, which
-            are pickled, and trees of arrays where they hold any.
+        function: maps an item to a tree of arrays. A worker process sees everything it uses as it
+            was when the process started, so whatever changes later has to be in the items. Items
+            are pickled; arrays in them may be in dicts, lists and tuples.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
         self._called = False
-        self._others: list[_Other] = []
-        weakref.finalize(self, _end, self._others)
+        self._processes: list[_WorkerProcess] = []
+        weakref.finalize(self, _end, self._processes)
 
     def __call__(self, items: Sequence[Any]) -> list[Any]:
-        """The function's results, evaluated where there are several.
+        """The function's results; evaluated, if there are several items.
 
-        Of several, each has random numbers by its place and by MLX's random state before.
+        The random numbers of each of several items depend on its position and on MLX's random
+        state before the call.
 
         Raises:
-            RunError: a process ended, or there can be no more of them.
+            RunError: a worker process ended, or none can be started.
         """
         if len(items) == 1:
             return [self._function(items[0])]
@@ -86,17 +88,17 @@ class Workers:
         mine, *work = zip(items, seeds, strict=True)
         try:
             with blas.threads(1):
-                # The first time only when all that the function uses is evaluated: what is not
-                # would wait, in another process, for a thread that is not there.
+                # The first time, fork only after the function has run here and what it uses is
+                # evaluated: a worker would wait for a thread that a fork does not copy.
                 started = self._hand_out(work) if self._called else None
                 first = _compute(self._function, *mine)
                 self._called = True
-                others = [other.receive() for other in started or self._hand_out(work)]
+                rest = [process.receive() for process in started or self._hand_out(work)]
         except BaseException:
             self.close()
             raise
-        _note_peak(sum(other.peak for other in self._others))
-        return [first, *others]
+        _note_peak(sum(process.peak for process in self._processes))
+        return [first, *rest]
 
     def __enter__(self) -> "Workers":
         return self
@@ -105,15 +107,15 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the other processes; calling again starts new ones."""
-        _end(self._others)
+        """End the worker processes; another call starts new ones."""
+        _end(self._processes)
 
-    def _hand_out(self, work: Sequence[tuple[Any, int]]) -> "list[_Other]":
-        while len(self._others) < len(work):
-            self._others.append(_fork(self._function))
-        busy = self._others[: len(work)]
-        for other, (item, seed) in zip(busy, work, strict=True):
-            other.send(item, seed)
+    def _hand_out(self, work: Sequence[tuple[Any, int]]) -> "list[_WorkerProcess]":
+        while len(self._processes) < len(work):
+            self._processes.append(_fork(self._function))
+        busy = self._processes[: len(work)]
+        for process, (item, seed) in zip(busy, work, strict=True):
+            process.send(item, seed)
         return busy
 
 
@@ -126,7 +128,7 @@ def worker_peak_bytes() -> int:
 
 
 def reset_worker_peak() -> None:
-    """Begin anew with `worker_peak_bytes`."""
+    """Start counting `worker_peak_bytes` anew."""
     global _peak
     _peak = 0
 
@@ -137,14 +139,14 @@ def _note_peak(size: int) -> None:
 
 
 @dataclass
-class _Other:
-    """Another process.
+class _WorkerProcess:
+    """A worker process, as the process that started it sees it.
 
     Attributes:
-        pid: of it.
+        pid: its process id.
         parent: the process that started it.
-        connection: to it.
-        peak: bytes that its last item took at most beside what it shares.
+        connection: a pipe to it.
+        peak: peak bytes of its last item beside the memory it shares.
     """
 
     pid: int
@@ -168,28 +170,28 @@ class _Other:
         return _as_arrays(result)
 
     def _lost(self) -> RunError:
-        """What to raise: its status is that of a process which a lack of memory ends."""
+        """The error to raise; its exit status is that of a process killed for lack of memory."""
         return RunError(
             "a worker process ended, perhaps for lack of memory; --workers 1 needs none",
             status=128 + signal.SIGKILL,
         )
 
 
-# The first process decides when a signal ends the run.
+# Signals are for the first process, which ends the others.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Of <sys/prctl.h>: the signal that ends a process with the one that started it.
 _PR_SET_PDEATHSIG = 1
 
 
-def _fork(function: Callable[[Any], Any]) -> _Other:
-    from multiprocessing.connection import Pipe  # Not for --help, which it would slow down.
+def _fork(function: Callable[[Any], Any]) -> _WorkerProcess:
+    from multiprocessing.connection import Pipe  # Slow to import, and not needed by --help.
 
     mx.synchronize()
     ours, theirs = Pipe()
     parent, before = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with warnings.catch_warnings():
-            # From Python 3.12 on, it warns that threads do not come along. None is needed.
+            # Python 3.12 and later warn that a fork copies no threads. None is needed.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
@@ -204,11 +206,11 @@ def _fork(function: Callable[[Any], Any]) -> _Other:
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
-    return _Other(pid, parent, ours)
+    return _WorkerProcess(pid, parent, ours)
 
 
 def _serve(function: Callable[[Any], Any], connection: "Connection", parent: int) -> NoReturn:
-    """Compute what comes until nothing can come any more."""
+    """Compute items until the parent has gone."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -227,18 +229,18 @@ def _serve(function: Callable[[Any], Any], connection: "Connection", parent: int
         except Exception as error:
             failure = _picklable(error)
         connection.send((result, failure, mx.get_peak_memory() - shared + size))
-        # Or they would be kept until the next ones are there.
+        # Otherwise they would be kept until the next item arrives.
         del item, result
     os._exit(0)
 
 
 def _picklable(error: Exception) -> Exception:
-    """The error with where it came from, or a plain one that says as much."""
+    """The error with its traceback as a note; a `RunError` if it cannot be pickled."""
     text = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        error = RunError(f"{type(error).__name__} in another worker: {error}")
+        error = RunError(f"{type(error).__name__} in a worker process: {error}")
     error.add_note(text)
     return error
 
@@ -250,15 +252,17 @@ def _compute(function: Callable[[Any], Any], item: Any, seed: int) -> Any:
     return result
 
 
-def _end(others: list[_Other]) -> None:
-    while others:
-        other = others.pop()
-        other.connection.close()
-        # Other processes have this list, too, and may be about to forget it.
-        if other.parent == os.getpid():
-            with suppress(ProcessLookupError, ChildProcessError):  # Somebody else may have waited.
-                os.kill(other.pid, signal.SIGKILL)
-                os.waitpid(other.pid, 0)
+def _end(processes: list[_WorkerProcess]) -> None:
+    while processes:
+        process = processes.pop()
+        process.connection.close()
+        # Forked processes have a copy of this list, and may be about to drop it.
+        if process.parent == os.getpid():
+            with suppress(
+                ProcessLookupError, ChildProcessError
+            ):  # It may have been waited for elsewhere.
+                os.kill(process.pid, signal.SIGKILL)
+                os.waitpid(process.pid, 0)
 
 
 def _nbytes(tree: Any) -> int:

@@ -31,9 +31,6 @@ class RunLog:
         resume_at: bytes of the file to keep: those of the run that is resumed.
         seconds: time that this run had taken before.
         reporter: gets each line too; from `graft.training.reporters`.
-
-    Attributes:
-        lines: the lines written so far by this process.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class RunLog:
         self._resume_at = resume_at
         self._start = time.perf_counter() - seconds
         self._reporter = reporter
-        self.lines: list[dict[str, Any]] = []
         self._console = console or Console(highlight=False)
         self._progress = Progress(
             TextColumn("  training"),
@@ -158,7 +154,6 @@ class RunLog:
         line = {"kind": kind, **values, "seconds": round(self.seconds, 3)}
         # JSON has no NaN and no infinity.
         line = {name: None if _not_finite(value) else value for name, value in line.items()}
-        self.lines.append(line)
         if self._path is not None and self._file is not None:
             with errors_name(self._path):
                 self._file.write(json.dumps(line) + "\n")

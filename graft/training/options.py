@@ -15,6 +15,7 @@ from typing import Any
 
 from graft.adapters.method_names import method_names
 from graft.console import did_you_mean
+from graft.data.sources import DEFAULT_DATA
 from graft.errors import InputError
 from graft.training.objectives import OBJECTIVES
 from graft.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -102,7 +103,7 @@ class Options:
     train: bool = option(False, "train an adapter", group=STEPS)
     objective: str = option("sft", "what to minimize", group=STEPS, choices=OBJECTIVES)
     data: str = option(
-        "datasets/mlx-docs",
+        DEFAULT_DATA,
         "folder with train, valid and test files, one file, a folder of texts, or "
         "OWNER/NAME[:CONFIG] on the Hub",
         group=DATA,

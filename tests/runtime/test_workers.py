@@ -218,7 +218,7 @@ def test_processes_are_started_as_they_are_needed() -> None:
     with Workers(mx.ones) as side_by_side:
         for count in (1, 3, 2, 4):
             assert len(side_by_side(range(count))) == count
-        assert len(side_by_side._others) == 3
+        assert len(side_by_side._processes) == 3
 
 
 @on_cpu
@@ -242,7 +242,7 @@ def test_a_busy_process_ends_with_the_first() -> None:
         "    return mx.ones(n)\n"
         "side_by_side = Workers(wait); side_by_side([1, 2])\n"
         "side_by_side._hand_out([(9, 0)])\n"
-        "print(side_by_side._others[0].pid, flush=True); time.sleep(1)\n"
+        "print(side_by_side._processes[0].pid, flush=True); time.sleep(1)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
@@ -255,7 +255,7 @@ def test_a_busy_process_ends_with_the_first() -> None:
 def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
     with Workers(mx.ones) as side_by_side:
         side_by_side([2, 3])
-        os.kill(side_by_side._others[0].pid, signal.SIGKILL)
+        os.kill(side_by_side._processes[0].pid, signal.SIGKILL)
         with pytest.raises(RunError, match="--workers 1") as raised:
             side_by_side([2, 3])
         assert raised.value.status == 137
@@ -278,7 +278,7 @@ def test_no_more_processes_is_an_error_that_says_what_to_do(
 def test_processes_end_with_the_workers() -> None:
     side_by_side = Workers(mx.ones)
     side_by_side([1, 2, 3])
-    pids = [other.pid for other in side_by_side._others]
+    pids = [other.pid for other in side_by_side._processes]
     assert not any(map(ended, pids))
     del side_by_side
     assert all(map(ended, pids))
@@ -293,7 +293,7 @@ def test_a_process_that_used_workers_ends_in_peace_and_leaves_none(end: str) -> 
         "mx.eval(compiled(mx.ones(3)))\n"
         "first, second = (Workers(lambda n: compiled(mx.ones(n))) for _ in range(2))\n"
         "first([2, 3, 4]); second([2, 3, 4])\n"
-        "print(*(o.pid for w in (first, second) for o in w._others), flush=True)\n"
+        "print(*(o.pid for w in (first, second) for o in w._processes), flush=True)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code + end], capture_output=True, cwd=ROOT, text=True
@@ -309,7 +309,7 @@ def test_signals_are_left_to_the_first_process() -> None:
     with Workers(mx.ones) as side_by_side:
         side_by_side([2, 3])
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(side_by_side._others[0].pid, number)
+            os.kill(side_by_side._processes[0].pid, number)
         assert [array.size for array in side_by_side([4, 5])] == [4, 5]
 
 
