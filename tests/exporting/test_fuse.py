@@ -22,6 +22,13 @@ from support.fusion_cases import adapted
 from support.paths import ROOT
 from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
+FLOAT16_SLOWLY = pytest.mark.parametrize(
+    "run",
+    [mx.float32, pytest.param(mx.float16, marks=pytest.mark.slow)],
+    indirect=True,
+    ids=str,
+)
+
 
 @pytest.fixture(params=[mx.float32, mx.float16], ids=str)
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
@@ -75,6 +82,7 @@ def test_what_is_compared_is_said(run: Path, capsys: pytest.CaptureFixture[str])
     assert "more bits" not in printed
 
 
+@FLOAT16_SLOWLY
 def test_layers_get_more_bits_until_the_divergence_holds(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +99,7 @@ def test_layers_get_more_bits_until_the_divergence_holds(
     assert f"to keep the adapter's effect: {len(said)}\n" in printed
 
 
+@FLOAT16_SLOWLY
 def test_a_divergence_of_nothing_ends_with_whole_layers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +109,7 @@ def test_a_divergence_of_nothing_ends_with_whole_layers(
     assert number(printed, "mean KL divergence") < 1e-5
 
 
+@FLOAT16_SLOWLY
 def test_regard_to_inputs_comes_before_more_bits(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +135,7 @@ def test_layers_without_an_adapter_that_q_bits_rounds_get_care_and_bits_too(
     assert sizes[0] < sizes[1] / 4
 
 
+@FLOAT16_SLOWLY
 def test_dequantized_needs_no_more_bits(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(run, "--dequantize") == 0
     assert number(capsys.readouterr().out, "mean KL divergence") < 1e-5
@@ -140,6 +151,7 @@ def refusal(capsys: pytest.CaptureFixture[str], status: int) -> str:
     return said
 
 
+@FLOAT16_SLOWLY
 def test_without_a_name_the_base_is_the_recorded_one(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
