@@ -21,7 +21,7 @@ from graft.pretrained.module_paths import natural_key
 import mlx.nn as nn
 
 ALL_LINEAR = "all-linear"
-# Of a model with more transformer blocks, the last so many are adapted by default.
+# How many of the last transformer blocks are adapted by default.
 DEFAULT_BLOCKS = 16
 
 # Targets that name all layers of a sort within the chosen blocks.
