@@ -932,7 +932,7 @@ def test_an_old_npz_is_measured_with_the_scale_that_alpha_says(
         return line.split("loss")[1].split()[0], printed.err
 
     default, said = run()
-    assert "rank 4 from the shapes, scale 20, the default of its time" in said
+    assert "rank 4 from the shapes, scale 20, the default then" in said
     same, said = run("--alpha", "80")  # 80 / 4 is the default scale
     assert "alpha 80" in said and same == default
     other, _ = run("--alpha", "1")
