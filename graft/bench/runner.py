@@ -102,7 +102,8 @@ def measure_works(
         for name in names:
             work = WORKS[name]
             folders = BenchFolders(materials / work.model, materials / "data", scratch)
-            yield name, run_in_turns(runs_of(work, peers, folders, peft_python), repeats)
+            runs = runs_of(work, peers, folders=folders, peft_python=peft_python)
+            yield name, run_in_turns(runs, repeats)
 
 
 def check_names(names: Sequence[str], peers: Sequence[str], repeats: int) -> None:
@@ -137,7 +138,7 @@ def save_record(file: Path, results: Mapping[str, Any]) -> None:
 
 
 def runs_of(
-    work: Work, peers: Sequence[str], folders: BenchFolders, peft_python: str
+    work: Work, peers: Sequence[str], *, folders: BenchFolders, peft_python: str
 ) -> dict[str, Callable[[], Figures]]:
     """How to run Graft, and those of the peers that can do the work."""
     if work.requests:
@@ -147,7 +148,9 @@ def runs_of(
     runs: dict[str, Callable[[], Figures]] = {GRAFT: partial(run, work, folders)}
     for name in peers:
         if (steps := _steps_of(PEERS[name], work)) is not None:
-            runs[name] = _peer_run(PEERS[name], work, folders, steps, peft_python)
+            runs[name] = _peer_run(
+                PEERS[name], work, folders=folders, steps=steps, peft_python=peft_python
+            )
     return runs
 
 
@@ -166,7 +169,7 @@ def _steps_of(peer: Peer, work: Work) -> int | None:
 
 
 def _peer_run(
-    peer: Peer, work: Work, folders: BenchFolders, steps: int, peft_python: str
+    peer: Peer, work: Work, *, folders: BenchFolders, steps: int, peft_python: str
 ) -> Callable[[], Figures]:
     return partial(
         _run_tool,

@@ -52,7 +52,10 @@ def main() -> None:
     tokens = arguments.tokens
     command = COMMANDS[arguments.tool](arguments.model, served, blas=arguments.blas)
     with serving(command) as port:
-        bodies = [body_for(arguments.tool, n, served, tokens) for n in range(arguments.requests)]
+        bodies = [
+            body_for(arguments.tool, number, adapters=served, tokens=tokens)
+            for number in range(arguments.requests)
+        ]
         figures = server_figures(port, bodies)
     if arguments.tool == "graft":
         figures |= decode_figures(arguments.model, paths, tokens=2 * tokens)
@@ -101,7 +104,7 @@ def mlx_lm_command(model: Path, adapters: Sequence[Path], *, blas: str) -> list[
 COMMANDS = {"graft": graft_command, "mlx-lm": mlx_lm_command}
 
 
-def body_for(tool: str, number: int, adapters: Sequence[Path], tokens: int) -> dict[str, Any]:
+def body_for(tool: str, number: int, *, adapters: Sequence[Path], tokens: int) -> dict[str, Any]:
     """The request with a number; the adapters take turns."""
     path = adapters[number % len(adapters)]
     body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": tokens, "temperature": 0}

@@ -103,7 +103,7 @@ def _fuse_and_check(
 ) -> FusionResult:
     model, tokenizer, config = load_model(fusion.model)
     trained_on = fusion.adapter.options.get("data")
-    examples, calibration = sample_text(tokenizer, check_data, trained_on, config)
+    examples, calibration = sample_text(tokenizer, config, named=check_data, trained_on=trained_on)
     apply_adapter(model, fusion.adapter, name=fusion.name)
     model.eval()
     limit = MAX_KL if max_kl is None else max_kl
@@ -149,15 +149,15 @@ def compare_fused(sample: Sample, folder: Path, name: str) -> Comparison:
 
 
 def sample_text(
-    tokenizer: Tokenizer, named: str | None, trained_on: str | None, config: Mapping[str, Any]
+    tokenizer: Tokenizer, config: Mapping[str, Any], *, named: str | None, trained_on: str | None
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Validation rows of the named data, of the training data, or of Graft's sample text.
 
     Args:
         tokenizer: the model's tokenizer.
+        config: the model's configuration, for its longest context.
         named: the data that the user named, if any.
         trained_on: the data that the adapter was trained on, if recorded.
-        config: the model's configuration, for its longest context.
 
     Returns:
         Rows to compare on, and other rows to calibrate with.

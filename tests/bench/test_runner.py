@@ -24,17 +24,17 @@ def test_runs_take_turns_and_keep_every_value() -> None:
 
 def test_peft_is_left_out_where_it_cannot_do_the_work() -> None:
     for name, peers in (("m40", ["graft", "mlx-lm", "peft"]), ("m40-q4", ["graft", "mlx-lm"])):
-        runs = runs_of(WORKS[name], ["mlx-lm", "peft"], FOLDERS, sys.executable)
+        runs = runs_of(WORKS[name], ["mlx-lm", "peft"], folders=FOLDERS, peft_python=sys.executable)
         assert list(runs) == peers
 
 
 def test_a_tool_too_slow_to_reach_a_loss_is_left_out() -> None:
     peers = ["mlx-lm", "mlx-lm-as-installed"]
-    runs = runs_of(WORKS["m10-to-loss"], peers, FOLDERS, sys.executable)
+    runs = runs_of(WORKS["m10-to-loss"], peers, folders=FOLDERS, peft_python=sys.executable)
     assert list(runs) == ["graft", "mlx-lm"]
 
 
 def test_only_servers_are_measured_serving() -> None:
     peers = ["peft", "mlx-lm", "mlx-lm-as-installed"]
-    runs = runs_of(WORKS["serve"], peers, FOLDERS, sys.executable)
+    runs = runs_of(WORKS["serve"], peers, folders=FOLDERS, peft_python=sys.executable)
     assert list(runs) == ["graft", "mlx-lm"]

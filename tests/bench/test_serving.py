@@ -36,7 +36,7 @@ def test_adapters_are_of_all_layers_and_each_another(model: Path, tmp_path: Path
 
 def test_both_servers_are_asked_the_same_of_each_adapter_in_turn() -> None:
     paths = [Path("/a/one"), Path("/a/two")]
-    ours, theirs = (body_for(tool, 3, paths, 7) for tool in ("graft", "mlx-lm"))
+    ours, theirs = (body_for(tool, 3, adapters=paths, tokens=7) for tool in ("graft", "mlx-lm"))
     assert ours.pop("model") == "two" and theirs.pop("adapters") == "/a/two"
     assert ours == theirs and ours["max_tokens"] == 7
 
