@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 
 def save_adapter(
-    path: Path,
+    path: Path | str,
     model: nn.Module,
     *,
     base_model: str | None = None,
@@ -37,12 +37,13 @@ def save_adapter(
     Raises:
         InputError: the suffix is neither .npz nor .safetensors, or the path cannot be written.
     """
+    path = Path(path)
     check_suffix(path)
     adapter = adapter_of(model, base_model=base_model, dropout=dropout, options=options)
     write_adapter(path, adapter)
 
 
-def load_adapter(path: Path, *, alpha: float | None = None) -> Adapter:
+def load_adapter(path: Path | str, *, alpha: float | None = None) -> Adapter:
     """Read an adapter of any tool; prints a note for everything that had to be assumed.
 
     Args:
@@ -53,7 +54,7 @@ def load_adapter(path: Path, *, alpha: float | None = None) -> Adapter:
         InputError: a file is missing or damaged, its record does not describe the tensors, or the
             adapter asks for what Graft does not do.
     """
-    adapter = read_adapter(find_adapter(path), alpha=alpha)
+    adapter = read_adapter(find_adapter(Path(path)), alpha=alpha)
     for text in adapter.notes:
         note(text)
     return adapter

@@ -1,1 +1,1 @@
-"""What leaves: adapters for other tools, fused and merged models."""
+"""Exporting: adapters in other tools' formats, merged or fused adapters, uploads to the Hub."""

@@ -13,10 +13,10 @@ from graft.pretrained.load import build_model
 
 def export(
     adapter: Adapter,
-    out: Path,
+    out: Path | str,
     *,
     to: str = "graft",
-    base: BaseConfig | None = None,
+    base: BaseConfig | str | None = None,
     force: bool = False,
 ) -> list[str]:
     """Write an adapter; returns what was changed to fit, a line each.
@@ -25,18 +25,21 @@ def export(
         adapter: to be written.
         out: a folder, or a file if the format is one file; either for Graft's own format.
         to: one of `graft.adapters.formats.writable_formats`.
-        base: the base model, for formats that need to know it.
+        base: the base model, for formats that need to know it: its configuration, or a folder or
+            Hub name.
         force: replace what exists at `out`.
 
     Raises:
         InputError: the format cannot hold the adapter, or the path cannot be written.
     """
-    formats = writable_formats()
+    out, formats = Path(out), writable_formats()
     if to not in formats:
         raise InputError(f"no format {to!r} to write; there are {', '.join(formats)}")
     format = formats[to]
     if format.suffix and out.suffix != format.suffix:
         raise InputError(f"--out {out}: the name of a {to} file ends in {format.suffix}")
+    if isinstance(base, str):
+        base = read_base_config(base)
     assert format.write is not None
     return format.write(adapter, out, base=base, force=force)
 

@@ -9,6 +9,8 @@ from graft.adapters.files import load_adapter
 from graft.adapters.formats.graft import write_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.cli import export as exporting
+from graft.errors import InputError
+from graft.exporting.adapter import export
 
 import mlx.core as mx
 import pytest
@@ -131,3 +133,11 @@ def test_what_exists_is_replaced_with_force_alone(
     assert exporting.main(arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert exporting.main([*arguments, "--force"]) == 0
+
+
+def test_the_library_takes_names_as_text(run: Path) -> None:
+    adapter = load_adapter(str(run / "run"))
+    assert export(adapter, str(run / "a.gguf"), to="gguf", base=str(run / "base")) == []
+    assert load_adapter(str(run / "a.gguf")).layers == {Q: LayerConfig(4, 6.0)}
+    with pytest.raises(InputError, match="no format 'onnx'"):
+        export(adapter, str(run / "a"), to="onnx")
