@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.adapter import Adapter, adapter_of
-from graft.adapters.formats import detect_format, file_patterns, find_file
+from graft.adapters.formats import detect_format, file_patterns, file_suffixes, find_file
 from graft.adapters.formats.graft import check_suffix, write_adapter
 from graft.console import note
 from graft.errors import InputError
@@ -87,7 +87,7 @@ def is_missing(path: Path) -> bool:
 
     A name that ends like an adapter file means a file here.
     """
-    names_file = path.suffix in {Path(pattern).suffix for pattern in file_patterns()}
+    names_file = path.suffix in file_suffixes()
     return not path.exists() and (names_file or not is_repo_name(str(path)))
 
 

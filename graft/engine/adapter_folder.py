@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graft.adapters.formats import file_patterns, find_file
+from graft.adapters.formats import file_suffixes, find_file
 from graft.engine.engine import Engine
 from graft.errors import InputError, first_line
 
@@ -58,7 +58,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 def _is_adapter(path: Path) -> bool:
     if path.is_file():
-        return path.suffix in {Path(pattern).suffix for pattern in file_patterns()}
+        return path.suffix in file_suffixes()
     try:
         find_file(path)
     except InputError:

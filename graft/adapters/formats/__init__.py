@@ -104,6 +104,11 @@ def file_patterns() -> list[str]:
     return sorted(patterns, key=lambda pattern: "*" in pattern)
 
 
+def file_suffixes() -> set[str]:
+    """Suffixes of all formats' files with tensors."""
+    return {Path(pattern).suffix for pattern in file_patterns()}
+
+
 def find_file(path: Path) -> Path:
     """The file with the tensors: `path` itself, or the one in the folder that it names.
 
