@@ -202,7 +202,7 @@ def test_the_card_counts_rows_per_package_and_split(site: Path, tmp_path: Path) 
 # Bad input
 
 
-def test_everything_that_is_wrong_is_told_at_once(
+def test_everything_that_is_wrong_is_reported_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "there").mkdir()

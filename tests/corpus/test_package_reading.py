@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_parsed_costs_that_file_only(site: Path) -> None:
     assert found.skipped["p.bad"] == "it cannot be parsed: SyntaxError: invalid syntax (line 1)"
 
 
-def test_a_compiled_module_that_cannot_be_loaded_is_told(site: Path) -> None:
+def test_a_compiled_module_that_cannot_be_loaded_is_reported(site: Path) -> None:
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     write(site, {"p/__init__.py": '"""P."""\n', f"p/fast{suffix}": "no library"})
     found = read("p")
@@ -73,7 +73,7 @@ def test_a_compiled_module_that_cannot_be_loaded_is_told(site: Path) -> None:
     assert found.skipped["p.fast"].startswith("its import raised ImportError")
 
 
-def test_a_compiled_module_in_a_package_that_crashes_is_told(site: Path) -> None:
+def test_a_compiled_module_in_a_package_that_crashes_is_reported(site: Path) -> None:
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     crash = '"""P."""\nimport os\nos.abort()\n'
     write(site, {"p/__init__.py": crash, f"p/fast{suffix}": "never reached"})
@@ -105,7 +105,7 @@ def test_overloads_in_a_stub_share_the_docstring_of_one(site: Path) -> None:
     assert docs(read("p")) == {"p.only.f": "Counts."}
 
 
-def test_every_kind_of_object_is_told_apart(site: Path) -> None:
+def test_every_kind_of_object_is_distinguished(site: Path) -> None:
     code = (
         '"""A module."""\nSIZE = 3\n"""A size."""\n'
         'def f():\n    """A function."""\n'
@@ -205,7 +205,7 @@ def test_a_builtin_module_is_inspected() -> None:
 
 
 @pytest.mark.slow
-def test_numpys_compiled_functions_stand_under_numpy() -> None:
+def test_numpys_compiled_functions_are_found_under_numpy() -> None:
     found = read("numpy")
     kinds = {one.path: one.kind for one in found.objects if one.doc}
     assert kinds["numpy.array"] == "function"
@@ -249,7 +249,7 @@ def test_what_stub_and_compiled_module_describe_is_one_object_with_the_stubs_tex
     assert dict(found) == {path: doc.strip() for path, doc in written.items()}
 
 
-def test_each_path_and_each_object_stands_once(mlx: Documentation) -> None:
+def test_each_path_and_each_object_appears_once(mlx: Documentation) -> None:
     paths = [one.path for one in mlx.objects]
     assert len(paths) == len(set(paths))
     assert not any(part.startswith("_") for path in paths for part in path.split("."))

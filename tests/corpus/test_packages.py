@@ -32,7 +32,7 @@ def test_packages_are_found_by_import_name_and_by_distribution() -> None:
     assert missing == []
 
 
-def test_all_missing_names_are_told() -> None:
+def test_all_missing_names_are_reported() -> None:
     wrong = ["no_such_package", "a/b", "", ".json", "json.nothing", "__main__"]
     found, missing = find_packages(["json", *wrong])
     assert [package.root for package in found] == ["json"]

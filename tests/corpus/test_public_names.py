@@ -21,7 +21,7 @@ def package(path: str = "p", **fields: object) -> Module:
     return Module(path, is_package=True, **fields)
 
 
-def test_an_object_stands_once_under_its_shortest_path() -> None:
+def test_an_object_appears_once_under_its_shortest_path() -> None:
     assert paths(
         package(),
         package("p.nn", wildcards=["p.nn.layers"]),

@@ -41,8 +41,14 @@ def same_parameters(first: nn.Module, second: nn.Module) -> None:
     ] == []
 
 
-@pytest.mark.parametrize("form", ["safetensors", "npz"])
-@pytest.mark.parametrize("bits", [None, 4, 3])
+@pytest.mark.parametrize(
+    ("bits", "form"),
+    [
+        *((None, "safetensors"), (4, "safetensors"), (3, "safetensors"), (4, "npz")),
+        pytest.param(None, "npz", marks=pytest.mark.slow),
+        pytest.param(3, "npz", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("config", "targets", "method"),
     [

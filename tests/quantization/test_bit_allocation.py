@@ -43,7 +43,7 @@ def test_bits_are_added_until_the_limit_holds_or_every_layer_is_whole(
     settings: dict[str, Any] = {"sample": Sample([], []), "calibration": [], "scratch": tmp_path}
 
     def run(*, enough: int) -> list[dict[str, int]]:
-        """What is tried where nothing helps until so many layers have more bits."""
+        """The bits tried if the divergence is too high until `enough` layers have more."""
         allocator = BitAllocator(model, bits, limit=0.01, room_bytes=1e9, **settings)
         allocator.comparison = Comparison(0.01 * excess, 1, 0, 0, 1)
         tried = []

@@ -17,7 +17,7 @@ CONFIG |= {"intermediate_size": 32, "num_attention_heads": 2, "rms_norm_eps": 1e
 
 
 def rows(*lengths: int) -> list[Example]:
-    """Random tokens, of which the first is not learnt."""
+    """Random tokens, the first of which is masked."""
     tokens = [np.random.default_rng(n).integers(0, 64, n).astype(np.int32) for n in lengths]
     return [Example(row, np.arange(len(row)) > 1) for row in tokens]
 
