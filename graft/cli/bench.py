@@ -38,7 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a Python that has torch and peft (default: the one that runs Graft)",
     )
     add("--repeats", type=int, default=3, metavar="N", help="runs of each tool")
-    add("--folder", type=Path, metavar="DIR", help="keep models and data in this folder")
+    add(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="keep models and data in this folder (default: a temporary one)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     return parser
 

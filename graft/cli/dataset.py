@@ -20,7 +20,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="an installed package, a standard-library module, or part of one, such as mlx.nn",
     )
     add("--out", required=True, metavar="DIR", help="folder to write the dataset to")
-    add("--max-chars", type=int, default=2048, metavar="N", help="longest text of a row")
+    add(
+        "--max-chars",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="longest text of a row, in characters",
+    )
     add(
         "--test-fraction",
         type=float,
