@@ -1,4 +1,4 @@
-"""An adapter in memory: its tensors and what describes them; in a model, and apart from one.
+"""The `Adapter` class: tensors with their description, taken from a model or applied to one.
 
 Every file format is read into an `Adapter` and written from one. Knows no format.
 """

@@ -1,4 +1,4 @@
-"""A low-rank update as two factors and a scale: each layer of an adapter as A, B and alpha.
+"""Low-rank factors: takes an adapter apart into A, B and alpha per layer, and makes one of them.
 
 `factors_of` takes an adapter apart, for writing, merging and serving; `from_factors` makes one.
 Knows no format.
@@ -226,10 +226,10 @@ def from_factors(
 
     Args:
         factors: by module path.
-        base_model: as for `Adapter`, and so are the others.
-        dropout: as for `Adapter`.
-        rotary: as for `Adapter`.
-        notes: as for `Adapter`.
+        base_model: the base model's name, if it is known.
+        dropout: the probability used in training.
+        rotary: the order of the rows of q and k, as in `Adapter`.
+        notes: assumptions made while reading, a line each.
 
     Raises:
         InputError: factors that do not make a product, or numbers that are not finite; all named.

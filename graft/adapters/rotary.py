@@ -1,4 +1,4 @@
-"""The two orders of the rows of q and k for rotary embeddings, and the way between them.
+"""The two row orders of q and k for rotary embeddings, and the conversion between them.
 
 transformers rotates the first half of a head against the second ("halves"); Meta's checkpoints and
 llama.cpp's files rotate neighbors against each other ("interleaved"). The outputs of an update of q

@@ -1,4 +1,4 @@
-"""Makes one adapter of several, or a smaller one of a large one.
+"""Merges adapters: several into one, or a large one into a smaller one.
 
 Each layer is merged by itself, as A (..., inputs, rank) and B (..., rank, outputs) with the scale
 inside.
@@ -217,17 +217,12 @@ def merge(
     _check_shapes(all_factors)
     merged: dict[str, Factors] = {}
     losses: dict[str, float] = {}
+    options: dict[str, Any] = {"method": MERGE_METHODS[method], "rank": rank, "density": density}
     for number, path in enumerate(sorted(set().union(*all_factors), key=natural_key)):
         present = [(f[path], w) for f, w in zip(all_factors, weights, strict=True) if path in f]
         layers, layer_weights = [layer for layer, _ in present], [weight for _, weight in present]
-        matrices, losses[path] = _combine(
-            layers,
-            layer_weights,
-            method=MERGE_METHODS[method],
-            rank=rank,
-            density=density,
-            key=mx.random.key(seed * 1_000_003 + number),
-        )
+        key = mx.random.key(seed * 1_000_003 + number)
+        matrices, losses[path] = _combine(layers, layer_weights, key=key, **options)
         merged[path] = layers[0].with_matrices(*matrices)
         mx.eval(merged[path].a, merged[path].b)
     first = adapters[0]

@@ -1,4 +1,4 @@
-"""Puts an adapter, or a model with its adapter inside, on the Hub with a model card."""
+"""Uploads an adapter, or a model with an adapter fused into it, with a model card."""
 
 import shutil
 import tempfile
@@ -59,7 +59,7 @@ def make_card(
     file: str = "",
     relation: str = "adapter",
 ) -> Card:
-    """The card of an adapter, or of a model with it inside.
+    """The card of an adapter, or of a model with the adapter fused into it.
 
     Args:
         repository: owner/name.

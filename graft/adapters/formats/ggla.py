@@ -1,4 +1,4 @@
-"""llama.cpp's adapter files of 2023, before GGUF: a header of 16 bytes, then tensor after tensor.
+"""llama.cpp's adapter files of 2023, before GGUF: a header of 16 bytes, then the tensors.
 
 Reference: `convert-lora-to-ggml.py` and `llama_apply_lora_from_file_internal` in
 https://github.com/ggml-org/llama.cpp/tree/b1500

@@ -91,14 +91,20 @@ def write_mlx_lm(
             f"mlx-lm has DoRA for all layers or none; these layers have it: {', '.join(dora)}"
         )
     factors, notes = uniform(factors)
-    tensors = {
-        f"{path}.lora_{half}": getattr(layer, half)
-        for path, layer in factors.items()
-        for half in "ab"
-    }
-    tensors |= {f"{p}.m": layer.magnitude for p, layer in factors.items() if p in dora}
+    tensors = {f"{path}.lora_a": layer.a for path, layer in factors.items()}
+    tensors |= {f"{path}.lora_b": layer.b for path, layer in factors.items()}
+    tensors |= {f"{path}.m": m for path, f in factors.items() if (m := f.magnitude) is not None}
+    config = _config(adapter, factors, dora=bool(dora))
+    with new_folder(out, replace=force) as folder:
+        mx.save_safetensors(str(folder / _TENSORS), tensors, metadata={"format": "mlx"})
+        (folder / RECORD_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return notes
+
+
+def _config(adapter: Adapter, factors: Mapping[str, Factors], *, dora: bool) -> dict[str, Any]:
+    """What mlx-lm reads; its keys are whole paths, so `num_layers` has no effect."""
     first = next(iter(factors.values()))
-    config = {
+    return {
         "fine_tune_type": "dora" if dora else "lora",
         "num_layers": 0,
         "lora_parameters": {
@@ -109,10 +115,6 @@ def write_mlx_lm(
         },
         "model": adapter.base_model,
     }
-    with new_folder(out, replace=force) as folder:
-        mx.save_safetensors(str(folder / _TENSORS), tensors, metadata={"format": "mlx"})
-        (folder / RECORD_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return notes
 
 
 def uniform(factors: dict[str, Factors]) -> tuple[dict[str, Factors], list[str]]:
