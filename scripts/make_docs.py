@@ -15,23 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from graft.training.options import Options, flag
+from graft.training.options import GROUPS, Options, flag
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Where each group of options starts.
-GROUPS = {
-    "Files and seed": "model",
-    "Data": "train",
-    "What is adapted": "lora_layers",
-    "Batches and length of the run": "batch_size",
-    "Optimizer": "learning_rate",
-    "Memory and speed": "grad_checkpoint",
-    "Rows": "max_seq_length",
-    "Reports, checkpoints and restarts": "val_batches",
-    "Testing": "test",
-    "Generating": "prompt",
-}
 
 # The defaults of lora.py in https://github.com/ml-explore/mlx-examples/tree/main/lora
 MLX_EXAMPLE: dict[str, object] = {
@@ -155,18 +141,22 @@ def _modules(title: str, folder: Path, paths: list[Path]) -> Iterator[str]:
 
 
 def tables_of_options() -> Iterator[str]:
-    """All options of lora.py in the order of their declaration."""
-    titles = {start: title for title, start in GROUPS.items()}
-    for field in dataclasses.fields(Options):
-        if field.name in titles:
-            yield from ("", f"## {titles[field.name]}", "")
-            yield from ("| option | default | what it does |", "|---|---|---|")
-        flags = [*field.metadata["short"], flag(field.name)]
-        names = ", ".join(f"`{name}`" for name in flags)
-        choices = field.metadata["choices"]
-        text, default = _help_and_default(field)
-        text += f": {', '.join(f'`{choice}`' for choice in choices)}" if choices else ""
-        yield f"| {names} | {default} | {_cell(text)} |"
+    """All options of lora.py, by the groups of their declaration."""
+    for group in GROUPS:
+        yield from ("", f"## {group[:1].upper()}{group[1:]}", "")
+        yield from ("| option | default | what it does |", "|---|---|---|")
+        for field in dataclasses.fields(Options):
+            if field.metadata["group"] == group:
+                yield _row(field)
+
+
+def _row(field: "dataclasses.Field[object]") -> str:
+    names = ", ".join(f"`{name}`" for name in [flag(field.name), *field.metadata["flags"]])
+    text, default = _help_and_default(field)
+    choices, former = field.metadata["choices"], field.metadata["formerly"]
+    text += f": {', '.join(f'`{choice}`' for choice in choices)}" if choices else ""
+    text += f" (formerly `{flag(former)}`)" if former else ""
+    return f"| {names} | {default} | {_cell(text)} |"
 
 
 def _help_and_default(field: "dataclasses.Field[object]") -> tuple[str, str]:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
-from graft.adapters.attach import LayerConfig, attach, largest_rank
+from graft.adapters.attach import attach
 from graft.adapters.files import save_adapter
+from graft.adapters.layer_config import LayerConfig, largest_rank
 from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
 from graft.engine.engine import Engine
@@ -31,9 +32,11 @@ from graft.pretrained.folder import find_folder
 from graft.pretrained.load import build_model
 from graft.pretrained.tokenizer import load_tokenizer
 from graft.runtime.cpu import suit_backend
-from graft.training.activation_cache import cache_trunk, is_cut
+from graft.training.activation_cache import cache_activations
 from graft.training.chunked_loss import find_head
+from graft.training.frozen_prefix import has_no_prefix
 from graft.training.grad_checkpoint import checkpoint_blocks
+from graft.training.objectives import get_objective
 from graft.training.packing import find_capacity
 
 import mlx.core as mx
@@ -109,27 +112,23 @@ def narrow_layers(model: nn.Module, settings: dict[str, LayerConfig]) -> set[str
     return {path for path, each in settings.items() if largest_rank(modules[path], each) < RANK}
 
 
-def loss(model: nn.Module, inputs: mx.array, targets: mx.array, trained: mx.array) -> Any:
-    """Mean cross-entropy over the trained tokens, and how many those are."""
-    if (head := getattr(model, "loss_head", None)) is not None:
-        total = head.cross_entropy(model, inputs, targets, trained)
-    else:
-        logits = model(inputs).astype(mx.float32)
-        total = (nn.losses.cross_entropy(logits, targets) * trained).sum()
-    return total / trained.sum(), trained.sum()
+def loss(model: nn.Module, batch: dict[str, mx.array]) -> mx.array:
+    """Mean cross-entropy over the tokens of the loss mask."""
+    total, count, _ = get_objective("sft")(model, batch)
+    return total / count
 
 
-def sample() -> tuple[mx.array, mx.array, mx.array]:
-    """Two rows of token ids, the ids that follow, and which of these are trained."""
+def sample() -> dict[str, mx.array]:
+    """A batch of two rows; in the second one, half of the tokens count."""
     tokens = mx.array(np.random.default_rng(0).integers(1, VOCABULARY, (2, LENGTH + 1)))
-    trained = mx.arange(LENGTH)[None] >= mx.array([[0], [LENGTH // 2]])
-    return tokens[:, :-1], tokens[:, 1:], trained
+    loss_mask = mx.arange(LENGTH)[None] >= mx.array([[0], [LENGTH // 2]])
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": loss_mask}
 
 
 def gradients(model: nn.Module) -> dict[str, mx.array]:
     """The gradient of each trained tensor, in training mode."""
     model.train()
-    (_, _), found = nn.value_and_grad(model, loss)(model, *sample())
+    _, found = nn.value_and_grad(model, loss)(model, sample())
     mx.eval(found)
     return dict(tree_flatten(found))
 
@@ -176,16 +175,16 @@ def activation_cache(config: dict[str, Any]) -> str:
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, LENGTH).astype(np.int32)
     rows = [Example(tokens, np.ones(LENGTH, dtype=np.bool_))] * 2
     with tempfile.TemporaryDirectory() as folder:
-        cache_trunk(
+        cache_activations(
             model,
             {"train": Split(rows)},
-            loss,
+            get_objective("sft"),
             mode="memory",
             repeated=True,
             folder=Path(folder),
             model_key="",
         )
-    return YES if is_cut(model) else "no"
+    return YES if has_no_prefix(model) else "no"
 
 
 def checkpointing(config: dict[str, Any]) -> str:
@@ -244,7 +243,6 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    # First, as a suited model may leave its attention to the others of the process.
     "fast gradients": fast_gradients,
     "default targets": default_targets,
     "chunked loss": chunked_loss,
