@@ -236,6 +236,20 @@ def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}"
 
 
+@pytest.mark.slow
+def test_the_code_of_the_python_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "datasets").symlink_to(ROOT / "datasets")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block.replace("iters=200", "iters=2").replace("num_batches=5", "num_batches=1"), names)
+    assert names["run"].steps == 2 and "test loss" in capsys.readouterr().out
+    assert {"adapters", "copy", "for-peft", "fused"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("verb", graft.__main__.VERBS)
 def test_help_is_short_and_shows_every_default(verb: str) -> None:
     parser = parser_of(verb)

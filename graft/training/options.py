@@ -269,8 +269,8 @@ class Options:
     )
     activation_cache: str = option(
         "auto",
-        "cache the output of the frozen blocks below the first adapted one (auto: if training runs "
-        "for more than one epoch and the cache fits)",
+        "cache the output of the frozen blocks below the first adapted one; auto: if training runs "
+        "for more than one epoch and the cache fits",
         group=MEMORY,
         formerly="trunk_cache",
         choices=CACHE_PLACES,
