@@ -26,7 +26,9 @@ from graft.adapters.files import save_adapter
 from graft.adapters.layer_config import LayerConfig, largest_rank
 from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
+from graft.engine.adapter_bank import AdapterBank
 from graft.engine.engine import Engine
+from graft.engine.row_adapters import MultiAdapterModel, shares_batches
 from graft.errors import InputError
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import build_model
@@ -226,9 +228,8 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "adapters.npz")
         save_adapter(path, trained)
-        said = io.StringIO()
         with (
-            contextlib.redirect_stderr(said),
+            contextlib.redirect_stderr(io.StringIO()),
             Engine(make_model(config), load_tokenizer(find_folder(None))) as engine,
         ):
             engine.load_adapter("a", path)
@@ -239,7 +240,9 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
             ]
             for stream in streams:
                 stream.result()
-    return "one at a time" if "one after another" in said.getvalue() else YES
+    model = make_model(config)
+    bank = AdapterBank(model, max_adapters=1, max_rank=RANK)
+    return YES if shares_batches(MultiAdapterModel(model, bank)) else "one at a time"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
