@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import functools
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ LONGEST_FUNCTION, LONGEST_FILE = 60, 600
 # Tests of more than one module of their folder.
 EXTRA = {
     "": {"house", "packaging"},
+    "lora": {"command", "files", "generation", "training"},
     "adapters": {"any_model"},
     "cli": {"main"},
     "pretrained": {"reference", "sapling"},
@@ -34,6 +36,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -87,6 +90,113 @@ def test_a_command_imports_graft_before_mlx(name: str) -> None:
 def test_datasets_hold_no_python() -> None:
     # It would hide the Hugging Face package of that name from mlx-lm.
     assert list((ROOT / "datasets").rglob("*.py")) == []
+
+
+# Rooms
+
+# A room imports only these rooms, itself, and modules directly in graft/: errors, console, models.
+ARROWS: dict[str, set[str]] = {
+    "runtime": set(),
+    "storage": set(),
+    "pretrained": {"runtime", "storage"},
+    "adapters": {"runtime", "storage", "pretrained"},
+    "data": {"runtime", "storage", "pretrained"},
+    "training": {"runtime", "storage", "pretrained", "adapters", "data"},
+    "quantization": {"storage", "pretrained", "adapters", "data"},
+    "exporting": {"storage", "pretrained", "adapters", "data", "quantization"},
+    "engine": {"runtime", "storage", "pretrained", "adapters"},
+    "server": {"runtime", "pretrained", "adapters", "data", "engine"},
+    "corpus": {"runtime", "storage"},
+    "bench": {"runtime", "storage", "pretrained", "adapters", "engine"},
+}
+SHARED = {"errors", "console", "models", "__version__"}
+# The commands, and processes that the benchmark starts.
+PRINTING = ("graft/__main__.py", "graft/console.py", "graft/cli/", "graft/bench/")
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "graft").parts
+    return inside[0] if len(inside) > 1 else ""
+
+
+def graft_modules(path: Path, *, at_import: bool = False) -> set[str]:
+    """Names below `graft.` that a file imports; `at_import` leaves out functions and typing."""
+    tree = tree_of(path)
+    nodes = tree.body if at_import else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("graft.") for name in names if name.startswith("graft.")}
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {room_of(path) for path in MODULES} - {""}
+    assert rooms == ARROWS.keys() | {"cli"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_room_imports_only_along_the_arrows(path: Path) -> None:
+    imported = {name.partition(".")[0] for name in graft_modules(path)}
+    room = room_of(path)
+    if room in ARROWS:
+        assert imported - ARROWS[room] - SHARED - {room} == set()
+    elif path.parent == ROOT / "graft" and path.name not in ("__init__.py", "api.py"):
+        assert imported <= SHARED | {"cli"}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    names = {
+        ".".join(path.relative_to(ROOT / "graft").with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in MODULES
+    }
+    edges = {
+        name: {
+            target
+            for target in names
+            for imported in graft_modules(path, at_import=True)
+            if target != name and (imported == target or imported.rpartition(".")[0] == target)
+        }
+        for name, path in names.items()
+    }
+    while leaves := [name for name, targets in edges.items() if not targets]:
+        edges = {name: set(t) - {*leaves} for name, t in edges.items() if name not in leaves}
+    assert edges == {}
+
+
+def public_names(path: Path) -> Iterator[str]:
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def test_no_public_name_is_defined_twice() -> None:
+    """Whoever searches for a name finds one thing; every command has a `main`."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for name in dict.fromkeys(public_names(path)):
+            if not name.startswith("_") and name not in ("main", "build_parser"):
+                places.setdefault(name, []).append(name_of(path))
+    # Each objective defines one.
+    places.pop("objective", None)
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_commands_print_and_parse_arguments(path: Path) -> None:
+    if name_of(path).startswith(PRINTING):
+        return
+    calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert "print" not in [function.id for function in calls if isinstance(function, ast.Name)]
+    assert "argparse" not in imports_of(path)
 
 
 # How it is cut

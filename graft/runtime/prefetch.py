@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 _END: Any = object()
 
 
-def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[_Item]) -> Iterator[_Item]:
     """The items in order, each made in another thread while the previous one is in use.
 
     Nothing is made before the first item is asked for. An exception in making an item is raised

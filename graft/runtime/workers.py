@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten, tree_map
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 def choose_workers(asked: int | None, batch_size: int) -> int:
@@ -53,7 +53,7 @@ def choose_workers(asked: int | None, batch_size: int) -> int:
     return 1
 
 
-def in_groups(items: Sequence[Item], workers: int) -> list[Sequence[Item]]:
+def in_groups(items: Sequence[_Item], workers: int) -> list[Sequence[_Item]]:
     """The items in order, in groups of as many as there are workers."""
     return [items[start : start + workers] for start in range(0, len(items), workers)]
 

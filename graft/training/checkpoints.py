@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: everything that its continuation needs, never torn.
+"""Checkpoints of a training run: everything needed to continue it, never half-written.
 
     checkpoints/0000100/arrays.safetensors   adapter and optimizer
-    checkpoints/0000100/state.json           the rest: step, position in the data, options, ...
+    checkpoints/0000100/state.json           everything else: position in the data, options, ...
     checkpoints/0000100/checksums.json       SHA-256 of the two
     checkpoints/LATEST                       the name of the newest one
 
-A checkpoint is made beside its place, flushed and renamed; one that is damaged later is recognised
-by its checksums, and the one before it is used. Knows nothing of what is in `state`.
+A checkpoint is written under another name, flushed and renamed. If one is damaged later, its
+checksums show it and the previous one is used. Knows nothing of the contents of `state`.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: where they stand.
-        keep: how many of the newest to keep.
+        folder: where they are.
+        keep: how many to keep, the newest ones.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -47,11 +47,11 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, step: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, name it in LATEST and remove those that are too many.
+        """Write a checkpoint, name it in LATEST and remove the oldest beyond `keep`.
 
         Raises:
-            InputError: the place cannot be written.
-            OSError: the disk is full; the checkpoints before stay good.
+            InputError: the folder cannot be written.
+            OSError: the disk is full; earlier checkpoints stay intact.
         """
         place = self._folder / f"{step:07d}"
         with new_folder(place, replace=True) as temporary:
@@ -61,17 +61,17 @@ class CheckpointStore:
             (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
         with new_file(self._folder / LATEST) as temporary:
             temporary.write_text(place.name + "\n", encoding="utf-8")
-        # What is newer was damaged, or left behind when the run went back.
+        # Newer ones are damaged, or left from before the run was rolled back.
         older = [each for each in self._places() if each.name <= place.name]
         for other in {*self._places()} - {*older[-self._keep :]}:
             shutil.rmtree(other)
         remove_leftovers(self._folder)
 
     def load(self) -> tuple[Checkpoint, list[str]]:
-        """The newest whole checkpoint, and what is wrong with newer ones.
+        """The newest intact checkpoint, and what is wrong with newer ones.
 
         Raises:
-            InputError: there is no whole checkpoint.
+            InputError: there is no intact checkpoint.
         """
         complaints: list[str] = []
         for place in reversed(self._places()):
@@ -82,7 +82,7 @@ class CheckpointStore:
         raise InputError(f"there is no checkpoint to resume from in {self._folder}{found}")
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, if there is one."""
+        """The newest intact checkpoint, or `None`."""
         try:
             return self.load()[0]
         except InputError:
@@ -96,7 +96,7 @@ class CheckpointStore:
         remove_leftovers(self._folder)
 
     def stamps(self) -> set[tuple[str, int]]:
-        """Names and times of the checkpoints, by which a later one can be told."""
+        """Names and times of the checkpoints, to tell later ones from them."""
         return {(place.name, place.stat().st_mtime_ns) for place in self._places()}
 
     def _places(self) -> list[Path]:

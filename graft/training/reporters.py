@@ -1,4 +1,4 @@
-"""Other places that a run's metrics go to, by name; each needs its own package."""
+"""Reporters: other services that a run's metrics are sent to, each with its own package."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +8,10 @@ from graft.errors import InputError
 
 
 class Reporter(Protocol):
-    """Takes the lines of metrics.jsonl as they are written."""
+    """Receives the lines of metrics.jsonl as they are written."""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Pass on one line."""
+        """Send one line."""
         ...
 
     def close(self) -> None:
@@ -20,11 +20,11 @@ class Reporter(Protocol):
 
 
 class TensorBoardReporter:
-    """Event files in the folder `tensorboard` of a run.
+    """TensorBoard event files in the folder `tensorboard` of a run.
 
     Args:
-        folder: of the run.
-        options: of the run; unused here.
+        folder: the run's folder.
+        options: the run's options; unused here.
 
     Raises:
         InputError: tensorboardX is not installed.
@@ -43,16 +43,16 @@ class TensorBoardReporter:
             self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write buffered values."""
         self._writer.close()
 
 
 class WandbReporter:
-    """A run of Weights & Biases; where it goes is wandb's own configuration.
+    """A run of Weights & Biases, configured by wandb's own settings.
 
     Args:
-        folder: of the run.
-        options: of the run, kept as its configuration.
+        folder: the run's folder.
+        options: the run's options, stored as its configuration.
 
     Raises:
         InputError: wandb is not installed.
@@ -82,7 +82,7 @@ REPORTERS: dict[str, Callable[[Path, Mapping[str, Any]], Reporter]] = {
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line by where they belong: `train/loss`, `valid/loss` and so on."""
+    """The numbers of a line, named `train/loss`, `valid/loss` and so on."""
     if line["kind"] == "event" or line["step"] is None:
         return {}
     group = line.get("split", line["kind"])

@@ -1,6 +1,5 @@
 """Sets up a training run: data, adapter, optimizer, memory plan and log, from options."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -194,9 +193,9 @@ def use_adapter(model: nn.Module, options: Options) -> None:
     """Load the adapter to be evaluated or prompted, or report that the base model is used."""
     name = options.adapter_file or DEFAULT_ADAPTER
     if options.adapter_file == NO_ADAPTER:
-        print("no adapter: this is the base model", file=sys.stderr)
+        note("no adapter: this is the base model")
     elif options.adapter_file is None and not Path(name).is_file():
-        print(f"no adapter at {name}: this is the base model", file=sys.stderr)
+        note(f"no adapter at {name}: this is the base model")
     else:
         adapter = load_adapter(Path(name), alpha=options.alpha)
         apply_adapter(model, adapter, name=name)

@@ -1,8 +1,8 @@
-"""Runs a training in a child process and starts it again where it dies without a word.
+"""Runs a training in a child process, and restarts it from the last checkpoint if it is killed.
 
-Metal's watchdog or a lack of memory can end a process in ways that no handler sees. The parent
-then continues from the last checkpoint with fewer rows at a time and as much more accumulation,
-which asks for less memory and computes the same.
+Metal's watchdog or a lack of memory can kill a process in ways that no handler sees. The restarted
+training has fewer rows per batch and more accumulation instead, which takes less memory and
+computes the same steps.
 """
 
 import os
@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from graft.console import note
 from graft.training.options import Options
 from graft.training.run_folder import RunFolder
 
-# Tells a child what it is; an option would find its way into the record of the run.
+# Set for the child; an option would end up in the record of the run.
 SUPERVISED = "GRAFT_SUPERVISED"
 # The child of a supervisor: `lora.py` by its verb.
 COMMAND: Sequence[str] = ("-m", "graft", "lora")
@@ -37,7 +38,7 @@ def supervise_run(options: Options, arguments: Sequence[str]) -> int:
     earlier = store.stamps()
 
     def resume() -> list[str]:
-        """Whether to go on: not from what was there before this training made a checkpoint."""
+        """The flag to resume, once this training has written a checkpoint of its own."""
         return ["--resume"] if store.stamps() - earlier else []
 
     return supervise(
@@ -57,32 +58,30 @@ def supervise(
     batch_size: int,
     accumulation: int,
 ) -> int:
-    """Run a training command, and again with smaller batches after each death by a signal.
+    """Run a training command, and again with smaller batches whenever a signal kills it.
 
     Args:
         command: program and arguments of the training.
-        resume: what to add to them so that they go on from where the training is.
-        restarts: how often to start it again.
-        batch_size: rows at a time, as `command` has it.
-        accumulation: micro-batches a step, as `command` has it.
+        resume: returns what to add to them to continue the training.
+        restarts: how often to restart it.
+        batch_size: rows per batch in `command`.
+        accumulation: batches per step in `command`.
 
     Returns:
-        The exit status of the last process, as a shell gives it.
+        The exit status of the last process, as a shell reports it.
     """
     arguments = list(command)
     for left in range(restarts, -1, -1):
-        # A training that lost one of its own processes exits with 128 and the signal's number.
+        # A training whose worker was killed exits with 128 plus the signal's number.
         status = _run(arguments)
         status = 128 - status if status > 128 else status
         if not _died(status) or left == 0:
             break
         batch_size, accumulation = smaller_batches(batch_size, accumulation)
-        print(
-            f"the training was ended by {signal.Signals(-status).name}: restart "
-            f"{restarts - left + 1} of {restarts}, with {batch_size} rows at a time, "
-            f"{accumulation} times a step",
-            file=sys.stderr,
-            flush=True,
+        note(
+            f"the training was killed by {signal.Signals(-status).name}; restart "
+            f"{restarts - left + 1} of {restarts} with {batch_size} rows per batch and "
+            f"{accumulation} batches per step"
         )
         sizes = [f"--batch-size={batch_size}", f"--grad-accumulation-steps={accumulation}"]
         arguments = [*command, *resume(), *sizes]
@@ -90,19 +89,19 @@ def supervise(
 
 
 def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
-    """At most half the rows at a time, and the accumulation that makes up for it."""
+    """At most half the rows per batch, and the accumulation that makes the same step."""
     rows = batch_size * accumulation
     fewer = next(n for n in range(max(batch_size // 2, 1), 0, -1) if rows % n == 0)
     return fewer, rows // fewer
 
 
 def _died(status: int) -> bool:
-    """Whether a process ended by a signal that nobody sent to end it."""
+    """Whether a process was killed by a signal other than a request to stop."""
     return status < 0 and -status not in (signal.SIGINT, signal.SIGTERM)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Run a child to its end; Ctrl-C on a terminal reaches it by itself, SIGTERM is passed on."""
+    """Run a child to its end; a terminal sends it Ctrl-C as well, SIGTERM is passed on."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     child = subprocess.Popen(
         arguments, env={**os.environ, SUPERVISED: "1"}, preexec_fn=_restore_interrupts

@@ -58,8 +58,8 @@ def test_after_a_death_it_goes_on_with_half_the_rows_and_that_is_said(
     assert status == 0
     assert given == ["1", "1 --resume --batch-size=2 --grad-accumulation-steps=6"]
     assert capfd.readouterr().err == (
-        f"the training was ended by {number}: restart 1 of 2, with 2 rows at a time, "
-        "6 times a step\n"
+        f"note: the training was killed by {number}; restart 1 of 2 with 2 rows per batch "
+        "and 6 batches per step\n"
     )
 
 
@@ -159,7 +159,8 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(place: Path) -> No
     told, errors = (child := start(place, "killed", DEADLY="1")).communicate()
     assert child.returncode == 0, errors
     assert errors == (
-        "the training was ended by SIGKILL: restart 1 of 2, with 2 rows at a time, 2 times a step\n"
+        "note: the training was killed by SIGKILL; restart 1 of 2 with 2 rows per batch and "
+        "2 batches per step\n"
     )
     assert "changed: --batch-size 2 (the run has 4)" in told
     assert "resuming after step 3" in told
