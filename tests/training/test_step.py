@@ -24,10 +24,15 @@ CONFIG = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size
 RATE = 1e-2
 
 
-def adapted() -> nn.Module:
+def adapted(*, reverse: bool = False) -> nn.Module:
     model = make_model(CONFIG)
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     attach(model, {path: LayerConfig(4, 8.0) for path in paths})
+    if reverse:
+        for _, module in model.named_modules():
+            children = list(module.items())
+            dict.clear(module)
+            dict.update(module, children[::-1])
     model.train()
     return model
 
@@ -232,6 +237,45 @@ def test_the_state_of_another_adapter_is_refused() -> None:
     state.popitem()
     with pytest.raises(ValueError, match="another adapter or optimizer"):
         update.restore(state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_does_not_depend_on_the_order_of_layers(name: str) -> None:
+    """Adapters attached in another order: each moment is that of its parameter, by name."""
+    step = arrays(next(batches_of(uneven_rows(), 2, 2)))
+    first, other = (make_step(adapted(reverse=reverse), name) for reverse in (False, True))
+    paths = [list(adapter_parameters(update._model)) for update in (first, other)]
+    assert paths[0] != paths[1] and sorted(paths[0]) == sorted(paths[1])
+    first(step)
+    other.restore(first.state())
+    for key, array in first.state().items():
+        assert mx.array_equal(other.state()[key], array), key
+    first(step), other(step)
+    for key, array in first.state().items():
+        scale = mx.abs(array).max().item() + 1e-6
+        assert mx.abs(other.state()[key] - array).max().item() <= 1e-4 * scale, key
+
+
+def test_the_names_are_those_of_the_parameters() -> None:
+    state = make_step(adapted(), "adam").state()
+    parameter = "model.layers.0.self_attn.q_proj.lora_a"
+    moments = {f"optimizer.{parameter}.m", f"optimizer.{parameter}.v"}
+    assert moments | {f"adapter.{parameter}", "optimizer.0.step"} <= state.keys()
+    assert state[f"optimizer.{parameter}.m"].shape == state[f"adapter.{parameter}"].shape
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_numbered_state_of_an_earlier_version_is_read(name: str) -> None:
+    """Then: the arrays of the optimizers' states in the order that they have in memory."""
+    batches = [arrays(next(batches_of(uneven_rows(), 2, 2))) for _ in range(2)]
+    first, other = (make_step(adapted(), name) for _ in range(2))
+    first(batches[0])
+    numbered = {n: array for n, array in first.state().items() if n.startswith("adapter.")}
+    states = [single.state for single in first._optimizer.optimizers]
+    leaves = [array for state in states for _, array in step_module.tree_flatten(state)]
+    other.restore(numbered | {f"optimizer.{n}": array for n, array in enumerate(leaves)})
+    assert copies(first) == copies(other)
+    assert first(batches[1]) == other(batches[1])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
