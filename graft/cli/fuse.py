@@ -13,6 +13,7 @@ from graft.cli.publishing import (
     publish_if_asked,
 )
 from graft.console import bytes_text
+from graft.errors import InputError
 from graft.exporting.fuse import MAX_GROWTH, MAX_KL, FusionResult, fuse
 from graft.exporting.publish import FUSED_MODEL_USAGE
 from graft.quantization.choose import BITS, UNQUANTIZED
@@ -23,7 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Fuse an adapter into its base model: one folder for mlx-lm.")
     add = parser.add_argument
     add("--model", metavar="BASE", help=MODEL_HELP)
-    add("--adapter-file", required=True, metavar="ADAPTER", help=ADAPTER_HELP)
+    add("adapter", nargs="?", metavar="ADAPTER", help=ADAPTER_HELP)
+    # The name that the argument had in earlier versions.
+    add("--adapter-file", help=argparse.SUPPRESS)
     add("--out", required=True, metavar="DIR", help="folder to write the model to")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--dequantize", action="store_true", help="write unquantized weights")
@@ -55,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fuse, and print how the model compares with the adapter."""
     args = build_parser().parse_args(argv)
     out = Path(args.out)
-    source, adapter = open_adapter(args.adapter_file, args)
+    if (args.adapter is None) == (args.adapter_file is None):
+        raise InputError("name one adapter; --help lists all options")
+    source, adapter = open_adapter(args.adapter or args.adapter_file, args)
     result = fuse(
         adapter,
         out,
