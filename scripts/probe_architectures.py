@@ -28,7 +28,7 @@ from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
 from graft.engine.adapter_bank import AdapterBank
 from graft.engine.engine import Engine
-from graft.engine.row_adapters import MultiAdapterModel, shares_batches
+from graft.engine.row_adapters import MultiAdapterModel, can_batch
 from graft.errors import InputError
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import build_model
@@ -242,7 +242,7 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
                 stream.result()
     model = make_model(config)
     bank = AdapterBank(model, max_adapters=1, max_rank=RANK)
-    return YES if shares_batches(MultiAdapterModel(model, bank)) else "one at a time"
+    return YES if can_batch(MultiAdapterModel(model, bank)) else "one at a time"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
