@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Answers questions with the base model and with the adapter that run-training.sh made, side by side.
+# Answers questions with the base model and with the adapter of run-training.sh, side by side.
 #
 #   run-inference.sh [QUESTION ...] [OPTION ...]
 #
-# Options go to lora.py, for instance: run-inference.sh "What is Adam in mlx?" --temp 0.5
+# Options are passed to lora.py, for instance: run-inference.sh "What is Adam in mlx?" --temp 0.5
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
@@ -29,7 +29,7 @@ esac
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
-# The answer alone: lora.py prints the prompt before it.
+# The answer only: lora.py prints the prompt before it.
 answer() {
     local prompt printed
     prompt=$(printf 'Q: %s\nA:' "$1")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Sets up an environment for development and runs every check. Arguments go to pytest, for instance:
+# Sets up a development environment and runs all checks. Arguments are passed to pytest, for instance:
 #
-#   run-tests.sh --slow                     the slow tests too
+#   run-tests.sh --slow                     also the slow tests
 #   run-tests.sh tests/runtime/test_blas.py -k mkl
 #
-# GRAFT_TEST_REFERENCE=1 adds PEFT and PyTorch's CPU build, where pip finds it, for the tests that compare with them.
+# GRAFT_TEST_REFERENCE=1 also installs PEFT and PyTorch's CPU build, if pip finds it, for the tests that compare with them.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up dev
 
 if [ "${GRAFT_TEST_REFERENCE:-}" = 1 ] && ! "$PYTHON" -c 'import torch, peft' 2>/dev/null; then
     torch=torch==2.13.0
-    # Without the suffix, Linux would get gigabytes of CUDA libraries.
+    # Without the suffix, pip would download gigabytes of CUDA libraries on Linux.
     if [ "$(uname -s)" = Linux ]; then torch=$torch+cpu; fi
-    pip_install "$torch" peft || say "PyTorch or PEFT cannot be had: the tests that compare with them are skipped"
+    pip_install "$torch" peft || say "PyTorch or PEFT could not be installed: the tests that compare with them are skipped"
 fi
 
 export PYTHON

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, for bash. `set_up [EXTRA]` goes to the checkout's root, makes a virtual
-# environment with Graft in it where that is missing or pyproject.toml has changed, and leaves its Python in
-# $PYTHON. On Linux it also sees to a fast BLAS and to a C++ compiler, which MLX's CPU backend calls at run time.
+# Sourced by the bash scripts in this folder. `set_up [EXTRA]` changes to the root of the checkout, creates a
+# virtual environment with Graft if there is none or pyproject.toml has changed, and sets $PYTHON to its Python.
+# On Linux it also installs a fast BLAS and a C++ compiler, which MLX's CPU backend calls at run time.
 #
 #   GRAFT_VENV      the virtual environment (default: .venv in the checkout)
-#   GRAFT_PYTHON    the Python to make it with (default: the first fit one on the PATH)
+#   GRAFT_PYTHON    the Python to create it with (default: the first suitable one on the PATH)
 #   GRAFT_BACKEND   cuda: MLX's CUDA build (Linux)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,13 +17,13 @@ set_up() {
     extras=${1:-}${GRAFT_BACKEND:+${1:+,}$GRAFT_BACKEND}
     stamp=$VENV/.graft${extras:+-$extras}
     state="$ROOT $(cksum <pyproject.toml)"
-    # An environment with more extras serves too: .graft-dev where .graft is asked for.
+    # An environment with more extras will do, too: .graft-dev if .graft is wanted.
     if grep -qsxF "$state" "$stamp"*; then
         return
     fi
-    say "Setting up $VENV: a minute or two, once"
+    say "Setting up $VENV: this takes a minute or two, once"
     make_environment
-    pip_install --editable ".${extras:+[$extras]}" || fail "pip could not install Graft, see above"
+    pip_install --editable ".${extras:+[$extras]}" || fail "pip could not install Graft; see above"
     if [ "$(uname -s)" = Linux ] && [ "${GRAFT_BACKEND:-}" != cuda ]; then
         see_to_blas
         see_to_compiler
@@ -41,18 +41,18 @@ fail() {
 pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 make_environment() {
-    # A half-made environment has no pip; making it again completes it.
+    # An incomplete environment has no pip; creating it again completes it.
     if "$PYTHON" -m pip --version >/dev/null 2>&1; then
         return
     fi
     local python
     python=$(find_python) || fail "no Python 3.11 or newer (on a Mac: native arm64) on the PATH;" \
-        "install one, or name one in GRAFT_PYTHON"
+        "install one, or set GRAFT_PYTHON"
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
         apt_install python3-venv || fail "$python has no ensurepip; install it" \
             "(Debian, Ubuntu: apt-get install python3-venv), or name another in GRAFT_PYTHON"
     fi
-    "$python" -m venv "$VENV" || fail "$python could not make $VENV, see above"
+    "$python" -m venv "$VENV" || fail "$python could not create $VENV; see above"
 }
 
 find_python() {
@@ -75,7 +75,7 @@ see_to_blas() {
     if [ "$(uname -m)" = x86_64 ] && pip_install mkl && has_fast_blas; then
         return
     fi
-    say "no fast BLAS: MLX's matmul will be 30 to 80 times slower; install OpenBLAS and run this again"
+    say "no fast BLAS: matrix products will be 30 to 80 times slower; install OpenBLAS and run this again"
     return 0
 }
 
@@ -99,6 +99,6 @@ apt_install() {
     say "Installing $1 with apt-get"
     local get=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=2)
     local install=("${get[@]}" install -y --no-install-recommends "$1")
-    # Package lists may be missing or old: the second try is with new ones, and shows what it says.
+    # Package lists may be missing or old: the second try updates them and shows its output.
     $sudo "${install[@]}" >/dev/null 2>&1 || { $sudo "${get[@]}" update && $sudo "${install[@]}"; } >&2
 }
