@@ -15,6 +15,7 @@ from typing import Any
 
 from graft.adapters.method_names import method_names
 from graft.console import did_you_mean
+from graft.data.readers import FILE_READERS
 from graft.data.sources import DEFAULT_DATA
 from graft.errors import InputError
 from graft.training.objectives import OBJECTIVES
@@ -104,8 +105,7 @@ class Options:
     objective: str = option("sft", "what to minimize", group=STEPS, choices=OBJECTIVES)
     data: str = option(
         DEFAULT_DATA,
-        "folder with train, valid and test files, one file, a folder of texts, or "
-        "OWNER/NAME[:CONFIG] on the Hub",
+        f"file ({', '.join(FILE_READERS)}), folder of files, or OWNER/NAME[:CONFIG] on the Hub",
         group=DATA,
         metavar="DATA",
         resumable=True,

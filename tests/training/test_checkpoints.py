@@ -163,6 +163,7 @@ import os, signal, sys
 import graft, lora
 from graft.storage import atomic
 from graft.training import checkpoints as training_state
+from graft.training.run import Run
 
 def deadly(function):
     calls = 0

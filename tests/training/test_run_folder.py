@@ -105,9 +105,11 @@ FULL = {
 FILLING = """
 import os, sys
 import graft, lora
+from graft.training.run import Run
 
 name, disk = sys.argv[1:3]
-write = getattr(lora, name)
+holder = Run if hasattr(Run, name) else lora
+write = getattr(holder, name)
 
 def filling(*arguments):
     run = arguments[0] if name != "save_adapter" else None
@@ -131,7 +133,7 @@ def taking(run, batches):
     return take(run, batches)
 
 lora.take_step = taking
-setattr(lora, name, filling)
+setattr(holder, name, filling)
 sys.exit(lora.main(sys.argv[3:]))
 """
 
