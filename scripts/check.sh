@@ -13,5 +13,6 @@ check() {
 check ruff check
 check ruff format --check
 check mypy
-check pytest "$@"
+# One process per core; a test file stays in one of them.
+check pytest --numprocesses auto --dist loadfile "$@"
 exit $status
