@@ -1,6 +1,6 @@
 r"""Train a LoRA adapter on a model, evaluate it, and generate with it.
 
-    python lora.py --train                          # the embedded model on datasets/mlx-docs
+    python lora.py --train                          # the included model on datasets/mlx-docs
     python lora.py --test                           # its loss on test.jsonl, with the adapter
     python lora.py --prompt "Q: What is relu in mlx?\nA:"
 
@@ -183,7 +183,7 @@ def run_training(
     """`--train`, and `--test` after it.
 
     Returns:
-        The run, and the exit status: 0, or that of the signal that ended the training.
+        The run, and the exit status: 0, or that of the signal that ended it.
     """
     run = make_run(model, splits, options, checkpoint)
     run.log.say(start_message(run))

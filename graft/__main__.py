@@ -10,12 +10,15 @@ from graft.cli.command import command
 from graft.errors import InputError
 
 VERBS = {
-    "bench": ("graft.cli.bench:main", "measure speed and memory, beside other tools"),
+    "bench": ("graft.cli.bench:main", "measure speed and memory, compared with other tools"),
     "chat": ("graft.cli.chat:main", "talk to a model, and choose adapters between answers"),
     "convert": ("graft.convert:main", "turn PyTorch or Hugging Face weights into an MLX model"),
     "dataset": ("graft.cli.dataset:main", "build a dataset from the documentation of packages"),
     "export": ("graft.cli.export:main", "write an adapter for mlx-lm, PEFT or llama.cpp"),
-    "extract": ("graft.cli.extract:main", "find the adapter between two models"),
+    "extract": (
+        "graft.cli.extract:main",
+        "extract the difference between two models as an adapter",
+    ),
     "fuse": ("graft.cli.fuse:main", "write a model with its adapter inside"),
     "inspect": ("graft.cli.inspect:main", "show what an adapter is"),
     "lora": ("graft.lora:main", "train, evaluate and generate with an adapter"),

@@ -1,4 +1,4 @@
-"""Makes sapling, the embedded base model, from the documentation of Python packages.
+"""Makes sapling, the included base model, from the documentation of Python packages.
 
 Stages, in order; the first three are skipped when their results already stand in the work folder:
 

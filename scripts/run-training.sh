@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes the embedded base model on the documentation of the installed mlx, and evaluates it before and after.
+# Fine-tunes the included base model on the documentation of the installed mlx, and evaluates it before and after.
 # Arguments are passed to lora.py, for instance: run-training.sh --iters 600 --lora-layers 4
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -1,4 +1,4 @@
-"""Collects the documents that sapling, the embedded base model, is pretrained on.
+"""Collects the documents that sapling, the included base model, is pretrained on.
 
 Two kinds of text come out of Python sources (read with `ast`, never imported) and out of
 documentation files:

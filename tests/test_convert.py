@@ -209,7 +209,7 @@ def test_metas_tokenizer_is_found_beside_the_folder(meta: Path, tmp_path: Path) 
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_the_embedded_model_converts(tmp_path: Path) -> None:
+def test_the_included_model_converts(tmp_path: Path) -> None:
     source = ROOT / "graft" / "assets" / "sapling"
     report = convert.convert(tmp_path / "out", torch_path=source, quantize=True)
     assert 4.5 <= 8 * report.bytes_after / report.parameters < 4.6

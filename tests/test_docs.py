@@ -35,7 +35,7 @@ COMMANDS = {"convert.py": "convert", "lora.py": "lora"}
 FOREIGN = {"--slow", "--check", "--help", "--version"}
 # The first columns of this page hold other tools' names.
 OTHER_TOOLS = ROOT / "docs" / "coming-from.md"
-# Rows of docs/architectures.md that the quick tests make anew.
+# Rows of docs/architectures.md that the quick tests compute again.
 SAMPLE = ("llama", "gemma2")
 
 

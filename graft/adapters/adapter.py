@@ -27,7 +27,7 @@ class Adapter:
             output_dims), or whatever else the layer's method trains.
         layers: from module path to rank, alpha, method and kind.
         base_model: the folder or Hub name of the model that it was trained on, if known; `None` in
-            Graft's own files is the embedded base model.
+            Graft's own files is the included base model.
         dropout: the probability used in training.
         rotary: the order of the rows of q and k, "halves" or "interleaved"; `None` if it is the
             base model's.

@@ -30,7 +30,7 @@ def save_adapter(
     Args:
         path: ends in .npz or .safetensors.
         model: with an adapter attached.
-        base_model: the folder or Hub name to record; `None` is the embedded base model.
+        base_model: the folder or Hub name to record; `None` is the included base model.
         dropout: the probability used in training.
         options: of the run, to record.
 

@@ -1,1 +1,1 @@
-"""Speed and memory of Graft beside other tools."""
+"""Speed and memory of Graft, compared with other tools."""

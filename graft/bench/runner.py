@@ -29,7 +29,7 @@ FEW_STEPS = 4
 
 @dataclass(frozen=True)
 class Peer:
-    """Another tool to measure beside Graft.
+    """Another tool to compare Graft with.
 
     Attributes:
         tool: what `graft.bench.peers` calls it.

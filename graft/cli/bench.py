@@ -1,4 +1,4 @@
-"""The command that measures training, generation and serving, beside other tools."""
+"""The command that measures training, generation and serving, compared with other tools."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     works = "\n".join(f"  {name:<18} {work.about}" for name, work in WORKS.items())
     parser = Parser(
-        description="Measure speed and memory on random models, beside other tools.",
+        description="Measure speed and memory on random models, compared with other tools.",
         epilog=f"what --work names:\n{works}",
     )
     add = parser.add_argument
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--against",
         metavar="NAMES",
-        help=f"tools to measure beside Graft, separated by commas: {', '.join(PEERS)}",
+        help=f"comma-separated tools to compare Graft with: {', '.join(PEERS)}",
     )
     add(
         "--peft-python",

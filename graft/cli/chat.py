@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(description="Chat with a model, and choose adapters between answers.")
     add = parser.add_argument
-    add("--model", metavar="BASE", help="folder or Hub name (default: the embedded base model)")
+    add("--model", metavar="BASE", help="folder or Hub name (default: the included base model)")
     add("--adapters", metavar="DIR", help="load the adapters in this folder, or this one adapter")
     add(
         "--adapter",

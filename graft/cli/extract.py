@@ -1,4 +1,4 @@
-"""The command that finds the adapter between two models.
+"""The command that extracts the difference between two models as an adapter.
 
 python -m graft extract --base M0 --tuned M1 --rank 16 --out difference
 """
@@ -16,7 +16,7 @@ from graft.exporting.extract import extract
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = Parser(description="Find the adapter between two models.")
+    parser = Parser(description="Extract the difference between two models as an adapter.")
     add = parser.add_argument
     add("--base", required=True, metavar="M0", help="model before training: folder or Hub name")
     add("--tuned", required=True, metavar="M1", help="model after training: folder or Hub name")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_table(facts: dict[str, Any]) -> None:
     print(f"{facts['path']}: {facts['format']}")
-    print(f"base model: {facts['base_model'] or 'not recorded, or the embedded one'}")
+    print(f"base model: {facts['base_model'] or 'not recorded, or the included one'}")
     if facts["rotary"] is not None:
         print(f"rows of q and k: {facts['rotary']}")
     print(f"{len(facts['layers'])} layers, {facts['parameters']:,} parameters")

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Serve a base model and many adapters over HTTP.")
     add = parser.add_argument
     count, seconds = _at_least(1, int), _at_least(0, float)
-    add("--model", metavar="BASE", help="folder or Hub name (default: the embedded base model)")
+    add("--model", metavar="BASE", help="folder or Hub name (default: the included base model)")
     add(
         "--name",
         metavar="NAME",

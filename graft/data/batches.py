@@ -27,7 +27,7 @@ DISTINCT_LENGTHS = 512
 
 
 class TrainingBatches:
-    """The batches of a training: an endless iterator of one list of micro-batches per step.
+    """The batches of a training run: an endless iterator of one list of micro-batches per step.
 
     The batches of the next step are collated, and read if the activation cache is on disk, while a
     step is computed.

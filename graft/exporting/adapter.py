@@ -48,7 +48,7 @@ def find_base(source: Path, adapter: Adapter, name: str | None) -> BaseConfig | 
     """The base model that is named, or else the recorded one if it is on this machine.
 
     Args:
-        source: the adapter's file. If Graft's record names no base, it is the embedded model, or a
+        source: the adapter's file. If Graft's record names no base, it is the included model, or a
             model of the user's own.
         adapter: read from it.
         name: a folder or Hub name; `None` for the recorded one.

@@ -1,4 +1,4 @@
-"""Finds the adapter between two models: the difference of their weights, layer by layer."""
+"""Extracts the difference between two models as an adapter, layer by layer."""
 
 import tempfile
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ import mlx.core as mx
 
 @dataclass
 class Extraction:
-    """The adapter between two models.
+    """The difference between two models, as an adapter.
 
     Attributes:
         tensors: of the adapter.
@@ -40,7 +40,7 @@ class Extraction:
 
 
 def extract(base: str, tuned: str, *, rank: int) -> tuple[Adapter, dict[str, float], list[str]]:
-    """The adapter between two models of one architecture, layer by layer.
+    """The difference between two models of one architecture as an adapter, layer by layer.
 
     Matrices become A and B; vectors, such as norms, are kept whole if they differ.
 

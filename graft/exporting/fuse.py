@@ -91,7 +91,7 @@ def fuse(
     if model is None:
         model = adapter.base_model
     elif model != adapter.base_model:
-        recorded = adapter.base_model or "the embedded base model, or it records none"
+        recorded = adapter.base_model or "the included base model, or it records none"
         note(f"{name} was trained on {recorded}; fusing into {model}")
     fusion = Fusion(model, adapter, dequantize, q_bits, name=name)
     with new_folder(out, replace=force) as folder:

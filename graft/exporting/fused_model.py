@@ -40,7 +40,7 @@ class Fusion:
     """An adapter, the model to fuse it into, and how the result is quantized.
 
     Attributes:
-        model: folder or Hub name of the base model; `None` is the embedded one.
+        model: folder or Hub name of the base model; `None` is the included one.
         adapter: the adapter.
         dequantize: write unquantized weights.
         q_bits: the bits of every quantized layer; `None` keeps those of the base model.

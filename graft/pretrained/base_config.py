@@ -14,7 +14,7 @@ class BaseConfig:
     """The base model of an adapter, by its configuration.
 
     Attributes:
-        name: a folder or Hub name; `None` is the embedded model.
+        name: a folder or Hub name; `None` is the included model.
         config: the content of `config.json`.
     """
 

@@ -36,7 +36,7 @@ def find_folder(
     """The local folder of a model, downloaded from the Hub if `name` is a repository's.
 
     Args:
-        name: a folder, owner/name on the Hub, or `None` for the embedded base model.
+        name: a folder, owner/name on the Hub, or `None` for the included base model.
         option: the option that takes the name, for messages.
         weights: globs of the weight files to fetch, in order of preference.
 

@@ -24,7 +24,7 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
     """Load a model with its tokenizer.
 
     Args:
-        name: a folder, a Hub repository, or `None` for the embedded base model.
+        name: a folder, a Hub repository, or `None` for the included base model.
 
     Returns:
         The model in evaluation mode, its tokenizer and its configuration.

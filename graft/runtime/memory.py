@@ -35,7 +35,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Start counting `peak_bytes` anew."""
+    """Start counting `peak_bytes` again."""
     mx.reset_peak_memory()
     reset_worker_peak()
 

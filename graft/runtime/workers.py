@@ -128,7 +128,7 @@ def worker_peak_bytes() -> int:
 
 
 def reset_worker_peak() -> None:
-    """Start counting `worker_peak_bytes` anew."""
+    """Start counting `worker_peak_bytes` again."""
     global _peak
     _peak = 0
 

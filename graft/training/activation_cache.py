@@ -70,7 +70,7 @@ def cache_activations(
         folder: of the run.
         model_key: fingerprint of the base model.
         workers: batches computed at a time.
-        budget: bytes that the training may take; by default all the machine has.
+        budget: bytes that the run may take; by default all the machine has.
 
     Returns:
         The splits; if the prefix was replaced, their examples hold the states.

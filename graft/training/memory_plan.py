@@ -1,4 +1,4 @@
-"""The memory plan of a training: how many rows to compute at a time, within a budget.
+"""The memory plan of a training run: how many rows to compute at a time, within a budget.
 
 Peak memory depends on the architecture, the adapter method, the backend and how far ahead MLX
 schedules work, so it is measured and not modelled: a dry run does all the work of an update on the
@@ -101,7 +101,7 @@ def choose_plan(
         needs = f"at least {bytes_text(round(tried[0].peak_bytes * VARIATION * MARGIN) + held)}"
     raise InputError(
         f"--memory-budget {bytes_text(budget)}: even with one row at a time and gradient "
-        f"checkpointing this training needs {needs}; raise the budget, or use shorter rows "
+        f"checkpointing this run needs {needs}; raise the budget, or use shorter rows "
         "(--max-seq-length), fewer layers (--lora-layers) or a model with fewer bits"
     )
 

@@ -12,7 +12,7 @@ from graft.training.run_folder import program
 
 
 def start_message(run: Run) -> str:
-    """How long the training is, how much of it is padding, and what memory it will take."""
+    """How long the run is, how much of it is padding, and what memory it will take."""
     batches, step = run.batches, run.progress.step
     if run.finished:
         return f"this run is finished: {step} of {run.steps} steps are done"
@@ -36,7 +36,7 @@ def start_message(run: Run) -> str:
 
 
 def memory_message(plan: MemoryPlan, options: Options) -> str:
-    """What memory the training will take, and what was chosen for a budget."""
+    """What memory the run will take, and what was chosen for a budget."""
     machine = bytes_text(machine_bytes())
     if not plan.peak_bytes:
         size = machine.replace(" ", "")

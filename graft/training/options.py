@@ -88,7 +88,7 @@ class Options:
 
     model: str | None = option(
         None,
-        "model folder or Hub name (default: the embedded model)",
+        "model folder or Hub name (default: the included model)",
         group=WHAT,
         metavar="MODEL",
         resumable=True,
@@ -112,8 +112,8 @@ class Options:
     )
     valid_fraction: float = option(
         0.1,
-        "fraction of rows held out for validation if the data has no valid split; --test uses the "
-        "same rows",
+        "fraction of rows held out for validation if the data has no valid split; if it has no "
+        "splits at all, --test uses the same rows",
         group=DATA,
         at_least=0,
     )
@@ -181,7 +181,7 @@ class Options:
         metavar="MODEL",
     )
     dropout: float = option(
-        0.0, "dropout on the adapter's input, 0 to 1", group=ADAPTER, at_least=0
+        0.0, "dropout on the adapter's input, 0 to below 1", group=ADAPTER, at_least=0
     )
     resume_adapter_file: str | None = option(
         None,
@@ -249,7 +249,8 @@ class Options:
     )
     workers: int | None = option(
         None,
-        "processes that share each batch (default: one per core on a Linux CPU, 1 elsewhere)",
+        "processes that share each batch (default: on a Linux CPU one per core, at most one per "
+        "row of a micro-batch; 1 elsewhere)",
         group=MEMORY,
         formerly="lanes",
         at_least=1,

@@ -200,7 +200,7 @@ def use_adapter(model: nn.Module, options: Options) -> None:
         adapter = load_adapter(Path(name), alpha=options.alpha)
         apply_adapter(model, adapter, name=name)
         if adapter.base_model != options.model:
-            note(f"{name} was trained on {adapter.base_model or 'the embedded base model'}")
+            note(f"{name} was trained on {adapter.base_model or 'the included base model'}")
     if options.test and not options.full_logits:
         use_chunked_loss(model)
     model.eval()

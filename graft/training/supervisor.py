@@ -1,4 +1,4 @@
-"""Runs a training in a child process, and restarts it from the last checkpoint if it is killed.
+"""Runs training in a child process, and restarts it from the last checkpoint if it is killed.
 
 Metal's watchdog or a lack of memory can kill a process in ways that no handler sees. The restarted
 training has fewer rows per batch and more accumulation instead, which takes less memory and
@@ -38,7 +38,7 @@ def supervise_run(options: Options, arguments: Sequence[str]) -> int:
     earlier = store.stamps()
 
     def resume() -> list[str]:
-        """The flag to resume, once this training has written a checkpoint of its own."""
+        """The flag to resume, once this run has written a checkpoint of its own."""
         return ["--resume"] if store.stamps() - earlier else []
 
     return supervise(
@@ -61,8 +61,8 @@ def supervise(
     """Run a training command, and again with smaller batches whenever a signal kills it.
 
     Args:
-        command: program and arguments of the training.
-        resume: returns what to add to them to continue the training.
+        command: program and arguments of the training process.
+        resume: returns what to add to them to continue the run.
         restarts: how often to restart it.
         batch_size: rows per batch in `command`.
         accumulation: batches per step in `command`.
@@ -72,14 +72,14 @@ def supervise(
     """
     arguments = list(command)
     for left in range(restarts, -1, -1):
-        # A training whose worker was killed exits with 128 plus the signal's number.
+        # A process whose worker was killed exits with 128 plus the signal's number.
         status = _run(arguments)
         status = 128 - status if status > 128 else status
         if not _died(status) or left == 0:
             break
         batch_size, accumulation = smaller_batches(batch_size, accumulation)
         note(
-            f"the training was killed by {signal.Signals(-status).name}; restart "
+            f"the training process was killed by {signal.Signals(-status).name}; restart "
             f"{restarts - left + 1} of {restarts} with {batch_size} rows per batch and "
             f"{accumulation} batches per step"
         )

@@ -212,9 +212,9 @@ def test_little_is_padding(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_at_most_5_percent_of_the_embedded_dataset_is_padding(workers: int) -> None:
+def test_at_most_5_percent_of_the_included_dataset_is_padding(workers: int) -> None:
     rows = (ROOT / "datasets" / "mlx-docs" / "train.jsonl").read_text().splitlines()
-    # Three letters a token, about what the embedded tokenizer gives.
+    # Three letters a token, about what the included tokenizer gives.
     examples = [make_example(min(len(json.loads(row)["text"]) // 3 + 2, 512)) for row in rows]
     batches = TrainingBatches(examples, 4, workers=workers)
     for epoch in range(3):

@@ -1,4 +1,4 @@
-"""graft/exporting/extract.py: the adapter between two models."""
+"""graft/exporting/extract.py: the difference between two models as an adapter."""
 
 from pathlib import Path
 from typing import Any

@@ -172,7 +172,7 @@ def test_a_folder_opens_as_it_reads(tmp_path: Path, form: str) -> None:
     assert all(mx.array_equal(read(tensors[name]), array) for name, array in arrays.items())
 
 
-def test_the_embedded_model_has_the_configuration_of_a_folder() -> None:
+def test_the_included_model_has_the_configuration_of_a_folder() -> None:
     config = read_config(find_folder(None))
     assert config["model_type"] == "llama" and config["rope_traditional"]
 

@@ -1,4 +1,4 @@
-"""The embedded base model: what it holds, how large it is, and that its tokenizer loses nothing."""
+"""The included base model: what it holds, how large it is, and that its tokenizer loses nothing."""
 
 import json
 import zipfile

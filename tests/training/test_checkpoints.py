@@ -54,7 +54,7 @@ def resuming(place: Path, name: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
-    """The training as a process of its own."""
+    """The training run as a separate process."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "lora.py"), *arguments],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What a training is said to take, against what it takes; and budgets, against what they hold."""
+"""The predicted memory of a training run against its peak, and budgets against what they hold."""
 
 import gc
 import json
@@ -57,7 +57,7 @@ def limits() -> Iterator[None]:
 
 
 def let_go() -> None:
-    """Give back what earlier trainings hold."""
+    """Give back what earlier runs hold."""
     gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""A training that is ended without a word goes on in another process with smaller batches."""
+"""A training process that is killed continues in another process with smaller batches."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ import yaml
 from support.paths import ROOT
 from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
-# A training that notes its arguments, and ends as the next line of a plan says.
+# A process that notes its arguments, and ends as the next line of a plan says.
 CHILD = """
 import os, sys, time
 notes, plan = sys.argv[1:3]
@@ -37,7 +37,7 @@ sys.exit(int(ending))
 
 
 def run(folder: Path, plan: str, *, restarts: int) -> tuple[int, list[str]]:
-    """The exit status of a training that ends as planned, and what each process was given."""
+    """The exit status of a run that ends as planned, and what each process was given."""
     status = supervise(
         [sys.executable, "-I", "-S", "-c", CHILD, str(folder / "notes"), plan],
         lambda: ["--resume"],
@@ -48,7 +48,7 @@ def run(folder: Path, plan: str, *, restarts: int) -> tuple[int, list[str]]:
     return status, (folder / "notes").read_text().splitlines()
 
 
-# 137 is what a training exits with that lost the process of one of its workers.
+# 137 is the exit status of a run that lost the process of one of its workers.
 @pytest.mark.parametrize("ending", ["SIGKILL", "SIGABRT", "SIGSEGV", "137"])
 def test_after_a_death_it_goes_on_with_half_the_rows_and_that_is_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], ending: str
@@ -58,7 +58,7 @@ def test_after_a_death_it_goes_on_with_half_the_rows_and_that_is_said(
     assert status == 0
     assert given == ["1", "1 --resume --batch-size=2 --grad-accumulation-steps=6"]
     assert capfd.readouterr().err == (
-        f"note: the training was killed by {number}; restart 1 of 2 with 2 rows per batch "
+        f"note: the training process was killed by {number}; restart 1 of 2 with 2 rows per batch "
         "and 6 batches per step\n"
     )
 
@@ -159,8 +159,8 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(place: Path) -> No
     told, errors = (child := start(place, "killed", DEADLY="1")).communicate()
     assert child.returncode == 0, errors
     assert errors == (
-        "note: the training was killed by SIGKILL; restart 1 of 2 with 2 rows per batch and "
-        "2 batches per step\n"
+        "note: the training process was killed by SIGKILL; restart 1 of 2 with 2 rows per batch "
+        "and 2 batches per step\n"
     )
     assert "changed: --batch-size 2 (the run has 4)" in told
     assert "resuming after step 3" in told

@@ -52,7 +52,7 @@ class Format:
         aliases: other names that `--to` takes.
         suffix: of the file that is written; empty if a folder is written.
         companions: files beside the file of tensors that belong to it.
-        embedded_by_default: whether no base model in the record means the embedded one.
+        embedded_by_default: whether no base model in the record means the included one.
     """
 
     name: str
