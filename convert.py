@@ -83,7 +83,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the command line says, and print a summary."""
+    """Convert according to the command line, and print a summary."""
     args = vars(build_parser().parse_args(argv))
     report = convert(
         args.pop("mlx_path"),
@@ -125,7 +125,7 @@ def convert(
         show_progress: draw a progress bar on standard error.
 
     Raises:
-        InputError: the checkpoint, the settings or the folder to write are at fault.
+        InputError: the checkpoint, the settings or the folder to write are invalid.
     """
     started = time.perf_counter()
     choose = None

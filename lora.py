@@ -2,10 +2,10 @@ r"""Train a LoRA adapter on a model, evaluate it, and generate with it.
 
     python lora.py --train                          # the included model on datasets/mlx-docs
     python lora.py --test                           # its loss on test.jsonl, with the adapter
-    python lora.py --prompt "Q: What is relu in mlx?\nA:"
+    python lora.py --prompt $'Q: What is relu in mlx?\nA:'
 
 On a quantized model this is QLoRA, on an unquantized one LoRA. The training loop is `train_steps`
-below; `graft.training.setup` builds what it runs on.
+below; `graft.training.setup` sets up the run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from graft.runtime.workers import choose_workers
 from graft.training.check_options import check_options
 from graft.training.checkpoints import Checkpoint
 from graft.training.evaluate import evaluate_split
-from graft.training.frozen_prefix import has_no_prefix
+from graft.training.frozen_prefix import prefix_removed
 from graft.training.messages import end_message, start_message
 from graft.training.metrics import RunLog
 from graft.training.objectives import get_objective
@@ -166,7 +166,7 @@ def validate(run: Run) -> None:
         losses=run.update.losses,
     )
     run.log.evaluation(step, "valid", result)
-    if step and run.progress.validated(result.loss):
+    if step and run.progress.record_validation(result.loss):
         run.save_best_adapter()
 
 
@@ -180,7 +180,7 @@ def save(run: Run) -> None:
 def run_training(
     model: nn.Module, splits: dict[str, Split], options: Options, checkpoint: Checkpoint | None
 ) -> tuple[Run, int]:
-    """`--train`, and `--test` after it.
+    """Run `--train`, and `--test` after it.
 
     Returns:
         The run, and the exit status: 0, or that of the signal that ended it.
@@ -204,7 +204,7 @@ def run_training(
 def run_test(
     model: nn.Module, split: Split, options: Options, log: RunLog, rows: int, step: int | None
 ) -> None:
-    """`--test`: evaluate on the test rows, `rows` at a time."""
+    """Evaluate on the test rows, `rows` at a time."""
     result = evaluate_split(
         model,
         split,
@@ -219,7 +219,7 @@ def run_test(
 
 
 def print_answer(model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
-    """`--prompt`: print the prompt and the answer, every `--write-every` tokens."""
+    """Print the prompt and the answer of `--prompt`, flushing every `--write-every` tokens."""
     from graft.engine.engine import Engine
 
     assert options.prompt is not None
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with RunLog() as log:
                 run_test(model, splits["test"], options, log, options.batch_size, None)
     if options.prompt is not None:
-        if has_no_prefix(model):
+        if prefix_removed(model):
             model, _, _ = load_model(options.model)
             use_adapter(model, options)
         print_answer(model, tokenizer, options)

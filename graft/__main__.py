@@ -30,7 +30,7 @@ VERBS = {
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb that stands first, with the arguments after it.
+    """Run the verb that is given first, with the arguments after it.
 
     Raises:
         InputError: there is no verb, or not this one.

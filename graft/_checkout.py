@@ -1,8 +1,8 @@
-"""In a checkout, `convert`, `lora` and `models` at its top are the modules inside `graft`.
+"""Makes `import models` in a checkout return `graft.models`; `lora` and `convert` likewise.
 
 Files of these names lie at the top of a checkout, to be read and run there, and links in `graft/`
 point to them; an installation has them in `graft/` alone. `import models` from the top of a
-checkout must not load a second copy, whose classes would be others than those of `graft.models`.
+checkout must not load a second copy, whose classes would differ from those of `graft.models`.
 """
 
 import importlib

@@ -14,12 +14,16 @@ from graft.pretrained.tokenizer import Tokenizer
 from graft.training.check_options import check_options
 from graft.training.chunked_loss import use_chunked_loss
 from graft.training.evaluate import Evaluation, evaluate_split
-from graft.training.frozen_prefix import has_no_prefix
+from graft.training.frozen_prefix import prefix_removed
 from graft.training.objectives import get_objective
+from graft.training.options import flag
 from graft.training.run import Run
 from graft.training.setup import load_data, resolve_options
 
 import mlx.nn as nn
+
+# Options of `lora.py` that a call from Python has other means for.
+COMMAND_ONLY = ("prompt", "restarts", "num_tokens", "write_every", "temp")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def train(
         data: folder, file or Hub dataset, as for `lora.py --data`.
         adapter_file: where to write the adapter; the other files of the run go beside it.
         base_model: folder or Hub name of the model, to be recorded in the adapter file.
-        options: any other option of `lora.py`, with underscores: `iters`, `rank`, `method`, ...
+        options: other options of `lora.py`, with underscores: `iters`, `rank`, `method`, ...
             The activation cache is off unless asked for: it takes the lower blocks out of `model`.
 
     Returns:
@@ -83,6 +87,8 @@ def train(
     """
     from graft.lora import run_training
 
+    if unusable := [flag(name) for name in COMMAND_ONLY if name in options]:
+        raise InputError(f"{', '.join(unusable)} can only be used on the command line")
     given = {"activation_cache": "off", **options, "train": True, "data": str(data)}
     given |= {"adapter_file": str(adapter_file), "model": base_model}
     settings, checkpoint = resolve_options(given)
@@ -187,7 +193,7 @@ def _result(run: Run, *, finished: bool) -> TrainingResult:
 
 
 def _check_whole(model: nn.Module) -> None:
-    if has_no_prefix(model):
+    if prefix_removed(model):
         raise InputError(
             "the activation cache has taken the lower blocks out of this model; load it again"
         )

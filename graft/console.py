@@ -1,4 +1,4 @@
-"""What Graft tells a person: notes, tables and progress bars, sizes and suggestions as text.
+"""Terminal output: notes, tables and progress bars, sizes and suggestions as text.
 
 The only module besides the commands that writes to the terminal.
 """

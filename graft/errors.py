@@ -1,18 +1,18 @@
-"""Errors that a person can act on: a command reports them in one line.
+"""Errors that a user can act on; a command reports them in one line.
 
 `graft.cli.command` maps them to exit statuses.
 """
 
 
 class InputError(Exception):
-    """Something the user can mend: names what is wrong, where, and the next step, in one line."""
+    """Something the user can fix: names what is wrong, where, and the next step, in one line."""
 
 
 class RunError(Exception):
-    """A run that cannot go on, through no fault of its input: says what was seen, in one line.
+    """A run that cannot continue although its input is valid: says what happened, in one line.
 
     Attributes:
-        status: what the command exits with.
+        status: exit status of the command.
     """
 
     def __init__(self, text: str, *, status: int = 1) -> None:
@@ -21,5 +21,5 @@ class RunError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in one line; its type where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -70,6 +70,8 @@ def test_options_are_checked_by_name(here: Path) -> None:
     model, tokenizer, _ = graft.load_model("model")
     with pytest.raises(InputError, match=r"unknown option 'itres' \(did you mean 'iters'\?\)"):
         graft.train(model, tokenizer, "data", itres=3)
+    with pytest.raises(InputError, match="--restarts can only be used on the command line"):
+        graft.train(model, tokenizer, "data", restarts=2)
     with pytest.raises(InputError, match="no file or folder nowhere"):
         graft.train(model, tokenizer, "nowhere", iters=3)
 

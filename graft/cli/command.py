@@ -1,7 +1,7 @@
 """What every command shares: its parser, and how errors become one line and an exit status.
 
-Each command's ``main`` is wrapped by `command` and parses with `Parser`, so that what a person can
-mend is one line on standard error and exit status 2, never a traceback.
+Each command's ``main`` is wrapped by `command` and parses with `Parser`, so that what a user can
+fix is one line on standard error and exit status 2, never a traceback.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Agreement: whether a fast path computes what the plain path does, up to rounding.
 
-Every fast path is compared with the plain one on the model at hand before it is used.
+Fast paths that depend on the architecture are compared with the plain path on the model at hand
+before they are used.
 """
 
 import mlx.core as mx

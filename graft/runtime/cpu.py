@@ -1,8 +1,8 @@
 """What MLX's CPU backend on Linux needs that Metal and CUDA do not.
 
-There, half precision runs 40 times slower than float32, `quantized_matmul` 70 times slower than
-dequantizing and multiplying through the BLAS, and `mx.compile` calls a C++ compiler at run time.
-On other devices nothing here has any effect.
+On that backend, half precision runs 40 times slower than float32, `quantized_matmul` 70 times
+slower than dequantizing and multiplying through the BLAS, and `mx.compile` calls a C++ compiler at
+run time. On other devices nothing here has any effect.
 """
 
 import contextlib

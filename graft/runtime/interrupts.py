@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop can check, so that it ends at a good point."""
+"""Ctrl-C and SIGTERM as a request that a loop can check, so that it ends safely between steps."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Overriding: gives single objects another class, so that one instance can behave differently.
+"""Overriding: changes the class of single objects, so that one instance behaves differently.
 
 Python looks special methods such as `__call__` up on the class and not on the instance.
 """

@@ -6,8 +6,8 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from graft.errors import InputError, RunError
-from graft.server.errors import OPENAI_ERRORS, ErrorFormat, HttpError, http_error
-from graft.server.routes import Route, all_routes
+from graft.server.errors import OPENAI_ERRORS, HttpError, http_error
+from graft.server.routes import Route, all_routes, find_route
 from graft.server.service import CLIENT_GONE, Service
 
 from starlette.applications import Starlette
@@ -37,7 +37,7 @@ def make_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    app.state.error_formats = {route.path: route.errors for route in routes}
+    app.state.routes = routes
     return app
 
 
@@ -53,14 +53,14 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, routes: Sequence[Route]) -> None:
         self._app = app
         self._service = service
-        self._counted = {route.path for route in routes if "{" not in route.path}
-        self._open = {route.path for route in routes if not route.needs_key}
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        path = scope["path"] if scope["path"] in self._counted else "other"
+        route = find_route(self._routes, scope["path"])
+        path = "other" if route is None or "{" in route.path else route.path
 
         async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -68,16 +68,16 @@ class Gate:
             await send(message)
 
         try:
-            self._check(Headers(scope=scope), scope["path"])
+            self._check(Headers(scope=scope), needs_key=route is None or route.needs_key)
         except HttpError as error:
             response = _error_response(error, Request(scope))
             return await response(scope, receive, count_and_send)
         await self._app(scope, receive, count_and_send)
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, *, needs_key: bool) -> None:
         settings = self._service.settings
         if settings.api_key is not None:
-            if path not in self._open:
+            if needs_key:
                 _check_key(headers.get("authorization", ""), settings.api_key)
         elif settings.hosts is not None:
             _check_host(headers, settings.hosts)
@@ -120,9 +120,9 @@ def _name_of(host: str) -> str | None:
 
 
 def _error_response(error: HttpError, request: Request) -> JSONResponse:
-    formats: dict[str, ErrorFormat] = request.app.state.error_formats
-    body = formats.get(request.url.path, OPENAI_ERRORS).body(error)
-    return JSONResponse(body, error.status, headers=error.headers)
+    route = find_route(request.app.state.routes, request.url.path)
+    errors = OPENAI_ERRORS if route is None else route.errors
+    return JSONResponse(errors.body(error), error.status, headers=error.headers)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

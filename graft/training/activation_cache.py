@@ -22,10 +22,10 @@ from graft.runtime.memory import machine_bytes
 from graft.runtime.workers import Workers, in_groups
 from graft.storage.atomic import new_file
 from graft.training.frozen_prefix import (
+    count_prefix_weights,
     example_states,
     prefix_length,
     prefix_output,
-    prefix_weights,
     remove_prefix,
     sample_batch,
     stored_dtype,
@@ -206,7 +206,7 @@ def _choose_place(size: int, folder: Path, available: int) -> str:
 
 def _announce(model: nn.Module, length: int, size: int, where: str) -> None:
     # A weight takes 2 operations per token in the forward pass, and 2 more in the backward pass.
-    below, above = prefix_weights(model, length)
+    below, above = count_prefix_weights(model, length)
     gain = (2 * below + 4 * above) / (4 * above)
     place = "on disk" if where == "disk" else "in memory"
     say(

@@ -1,4 +1,4 @@
-"""Refuses options that contradict each other or the disk, before anything is loaded."""
+"""Refuses options that conflict with each other or with files, before anything is loaded."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 @dataclass
-class _Passage:
+class _StateChannel:
     """Carries the states of a batch from the embedding to the first block that is computed."""
 
     states: mx.array | None = None
@@ -39,17 +39,17 @@ class _Passage:
 class _StandIn(nn.Module):
     """Takes the place of a frozen block; the last one returns the states of the batch."""
 
-    def __init__(self, block: nn.Module, passage: _Passage | None) -> None:
+    def __init__(self, block: nn.Module, channel: _StateChannel | None) -> None:
         super().__init__()
         # Models ask their blocks which mask they need.
         vars(self).update({n: v for n, v in vars(block).items() if not n.startswith("_")})
-        self.passage = passage
+        self.channel = channel
 
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
         """The states of the batch, or the input if more stand-ins follow."""
-        if self.passage is None or self.passage.states is None:
+        if self.channel is None or self.channel.states is None:
             return x
-        states, self.passage.states = self.passage.states, None
+        states, self.channel.states = self.channel.states, None
         return states
 
 
@@ -66,7 +66,7 @@ def prefix_length(model: nn.Module) -> int:
     return 0
 
 
-def has_no_prefix(model: nn.Module) -> bool:
+def prefix_removed(model: nn.Module) -> bool:
     """Whether the frozen prefix of a model was taken out."""
     return any(isinstance(module, _StandIn) for module in getattr(model, "layers", ()))
 
@@ -104,13 +104,13 @@ def remove_prefix(
     gradient = nn.value_and_grad(model, mean_loss(objective))
     expected = gradient(model, with_ids)
     mx.eval(expected)
-    layers, passage = _layer_list(model), _Passage()
+    layers, channel = _layer_list(model), _StateChannel()
     blocks = layers[:length]
     layers[:length] = [
-        _StandIn(block, passage if number == length - 1 else None)
+        _StandIn(block, channel if number == length - 1 else None)
         for number, block in enumerate(blocks)
     ]
-    undo = _let_embeddings_take_states(model, passage)
+    undo = _let_embeddings_take_states(model, channel)
     with suppress(Exception):  # Architectures that pass on more than states fail in many ways.
         if _same(gradient(model, with_states), expected):
             return True
@@ -141,19 +141,19 @@ def _layer_list(model: nn.Module) -> list[Any]:
     return dict(model.named_modules())[holder][name]
 
 
-def _let_embeddings_take_states(model: nn.Module, passage: _Passage) -> Callable[[], None]:
+def _let_embeddings_take_states(model: nn.Module, channel: _StateChannel) -> Callable[[], None]:
     """Let embeddings take states in place of token ids; returns a function that undoes it."""
     modules = [m for _, m in model.named_modules() if isinstance(m, EMBEDDING_TYPES)]
-    return override(modules, lambda cls: _taking_states(cls, passage))
+    return override(modules, lambda cls: _taking_states(cls, channel))
 
 
-def _taking_states(cls: type, passage: _Passage) -> type:
+def _taking_states(cls: type, channel: _StateChannel) -> type:
     def call(self: nn.Module, x: mx.array) -> mx.array:
         if x.dtype == mx.uint16:
             x = x.view(mx.bfloat16)
         if not mx.issubdtype(x.dtype, mx.floating):
             return cls.__call__(self, x)
-        passage.states = x
+        channel.states = x
         return x
 
     return variant(cls, __call__=call)
@@ -164,7 +164,7 @@ def _same(found: Any, expected: Any) -> bool:
     return all(agrees(actual[path], array) for path, array in wanted.items())
 
 
-def prefix_weights(model: nn.Module, length: int) -> tuple[int, int]:
+def count_prefix_weights(model: nn.Module, length: int) -> tuple[int, int]:
     """Weights of matrix products in the first blocks, and in the rest of the model."""
     below = sum(map(_matrix_weights, model.layers[:length]))
     return below, _matrix_weights(model) - below

@@ -1,4 +1,4 @@
-"""What a person reads before the first training step and after the last."""
+"""Messages printed before the first training step and after the last."""
 
 import shlex
 import signal

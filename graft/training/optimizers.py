@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules by name, all of them MLX's.
 
 Also names the arrays of an optimizer's state after the parameters that they belong to, so that a
-checkpoint does not depend on the order of anything.
+checkpoint does not depend on parameter order.
 """
 
 from collections.abc import Callable, Mapping, Sequence

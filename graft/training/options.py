@@ -1,4 +1,4 @@
-"""Options: everything that `lora.py` can be told, declared once.
+"""Options: everything that `lora.py` accepts, declared once.
 
 The command line, the YAML file of `--config` and the record saved beside an adapter all come from
 the fields of `Options`. What the options do is decided elsewhere.
@@ -50,7 +50,7 @@ def option(
         group: the heading in `--help` that it is listed under.
         flags: further flags.
         formerly: the name it had in earlier versions, still read from files and command lines.
-        metavar: what stands for its value in the help.
+        metavar: what represents its value in the help.
         at_least: the smallest value allowed; if that is -1, then -1 means "all" and 0 is refused.
         choices: all values allowed.
         resumable: whether a run can be resumed with another value; the contents of `model` and

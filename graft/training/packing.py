@@ -1,4 +1,4 @@
-"""Packing: several documents in one row that do not see each other.
+"""Packing: several documents in one row that do not attend to each other.
 
 Architectures ask their cache which positions attend to which. A stand-in for the cache, which
 stores nothing, lets position i attend to the positions j up to itself in the same segment s, and

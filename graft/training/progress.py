@@ -97,7 +97,7 @@ class Progress:
                 total = self.window.sums.get(name, 0.0)
                 self.window.sums[name] = total + value * result.tokens
 
-    def validated(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Count a validation; return whether its loss is the best so far."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.stale_evaluations = loss, self.step, 0

@@ -37,7 +37,7 @@ class Run:
         plan: how many rows are computed at a time.
         progress: counts and scores so far.
         folder: the run's files.
-        adapter: what the adapter file records besides its tensors.
+        adapter_record: what the adapter file records besides its tensors.
         fingerprints: of model and data; a checkpoint is resumed only on the same ones.
         log: metrics and messages.
         reported_traces: whether needless compilation was reported.
@@ -55,7 +55,7 @@ class Run:
     plan: MemoryPlan
     progress: Progress
     folder: RunFolder
-    adapter: dict[str, Any]
+    adapter_record: dict[str, Any]
     fingerprints: dict[str, Any]
     log: RunLog
     reported_traces: bool = False
@@ -76,11 +76,11 @@ class Run:
 
     def save_adapter(self) -> None:
         """Write the adapter as it is now."""
-        save_adapter(self.folder.adapter, self.model, **self.adapter)
+        save_adapter(self.folder.adapter, self.model, **self.adapter_record)
 
     def save_best_adapter(self) -> None:
         """Write the adapter as the best one so far."""
-        save_adapter(self.folder.best, self.model, **self.adapter)
+        save_adapter(self.folder.best, self.model, **self.adapter_record)
 
     def save_checkpoint(self) -> None:
         """Write everything that is needed to continue the run."""

@@ -225,7 +225,7 @@ def make_run(
         folder.check_no_unfinished_run(force=options.force)
     else:
         check_same_run(checkpoint.state["fixed"], fingerprints)
-    adapter = start_adapter(model, options)
+    adapter_record = start_adapter(model, options)
     optimizer = make_optimizer(options.optimizer, weight_decay=options.weight_decay)
     trial, steps = _prepare(model, splits, options, optimizer, folder, fingerprints["model"])
     plan = trial.choose(checkpoint.state if checkpoint is not None else None)
@@ -249,7 +249,7 @@ def make_run(
         plan=plan,
         progress=Progress(),
         folder=folder,
-        adapter=adapter,
+        adapter_record=adapter_record,
         fingerprints=fingerprints,
         log=make_log(options, folder, steps, checkpoint),
     )

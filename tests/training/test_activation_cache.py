@@ -14,7 +14,7 @@ from graft.training.activation_cache import (
 )
 from graft.training.chunked_loss import use_chunked_loss
 from graft.training.evaluate import evaluate_split
-from graft.training.frozen_prefix import has_no_prefix, prefix_length
+from graft.training.frozen_prefix import prefix_length, prefix_removed
 from graft.training.objectives.sft import objective as sft
 
 import mlx.core as mx
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
     expected = {split: gradients(model, splits[split]) for split in splits}
     evaluated = evaluate_split(model, splits["valid"], 2)
     cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS | {"mode": mode})
-    assert has_no_prefix(model)
+    assert prefix_removed(model)
     for split, (loss, tree) in expected.items():
         found_loss, found = gradients(model, cached[split])
         assert found_loss == pytest.approx(loss, rel=1e-5)
@@ -92,7 +92,7 @@ def test_states_are_of_half_precision_where_the_model_is(tmp_path: Path) -> None
     splits = make_splits()
     loss, _ = gradients(model, splits["train"])
     cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS)
-    assert has_no_prefix(model)
+    assert prefix_removed(model)
     assert cached["train"].examples[0].states.dtype == "uint16"
     assert gradients(model, cached["train"])[0] == pytest.approx(loss, rel=2e-2)
 
@@ -110,7 +110,7 @@ def test_auto_is_for_rows_that_are_seen_again(
 ) -> None:
     model, splits = make_adapted("llama", num_layers=1), make_splits()
     cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS | settings)
-    assert has_no_prefix(model) == bool(told)
+    assert prefix_removed(model) == bool(told)
     assert told in capsys.readouterr().out
     if not told:
         assert cached == splits
@@ -128,7 +128,7 @@ def test_auto_takes_the_disk_where_memory_is_short_and_neither_where_both_are(
     model = make_adapted("llama", num_layers=1)
     cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS | {"mode": "auto"})
     assert "would not fit in memory or on disk" in capsys.readouterr().out
-    assert not has_no_prefix(model)
+    assert not prefix_removed(model)
 
 
 def test_a_budget_leaves_states_less_memory_and_tells_what_they_take(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_nothing_lies_below_an_adapter_on_every_block(
 ) -> None:
     model = make_adapted("llama")
     cache_activations(model, make_splits(), sft, folder=tmp_path, **SETTINGS)
-    assert not has_no_prefix(model)
+    assert not prefix_removed(model)
     assert "no block is below" in capsys.readouterr().out
 
 
@@ -185,7 +185,7 @@ def test_an_adapted_embedding_is_seen_and_keeps_the_whole_model(
     splits = make_splits()
     expected = gradients(model, splits["train"])
     cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS)
-    assert not has_no_prefix(model)
+    assert not prefix_removed(model)
     assert "loss changes without its lower blocks" in capsys.readouterr().out
     loss, found = gradients(model, cached["train"])
     assert loss == expected[0]

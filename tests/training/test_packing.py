@@ -13,7 +13,7 @@ from graft.runtime.cpu import runs_on_cpu
 from graft.training import chunked_loss as loss_module
 from graft.training.activation_cache import cache_activations
 from graft.training.chunked_loss import use_chunked_loss
-from graft.training.frozen_prefix import has_no_prefix
+from graft.training.frozen_prefix import prefix_removed
 from graft.training.grad_checkpoint import checkpoint_blocks
 from graft.training.objectives.sft import objective as sft
 from graft.training.optimizers import make_optimizer, set_learning_rate
@@ -285,7 +285,7 @@ def test_states_of_a_cached_trunk_are_packed_too(
     loss, _, tree = gradients(model, collate_packed(splits["train"].examples, PACKS, WIDTH))
     settings: dict[str, Any] = {"mode": "memory", "repeated": True, "model_key": "a model"}
     splits = cache_activations(model, splits, sft, folder=tmp_path, **settings)
-    assert has_no_prefix(model)
+    assert prefix_removed(model)
     found_loss, _, found = gradients(model, collate_packed(splits["train"].examples, PACKS, WIDTH))
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(found, tree)

@@ -47,7 +47,7 @@ def test_only_a_lower_loss_is_better_and_what_is_no_number_never() -> None:
     scores = [(math.nan, False), (3.0, True), (3.0, False), (2.5, True), (math.nan, False)]
     for number, (loss, better) in enumerate(scores, 1):
         progress.step = number
-        assert progress.validated(loss) == better
+        assert progress.record_validation(loss) == better
     assert (progress.best_loss, progress.best_step, progress.stale_evaluations) == (2.5, 4, 1)
 
 
@@ -55,7 +55,7 @@ def test_only_a_lower_loss_is_better_and_what_is_no_number_never() -> None:
 def test_two_validations_without_a_better_one(patience: int, stale: bool) -> None:
     progress = Progress()
     for loss in (2.0, 2.1, 2.2):
-        progress.validated(loss)
+        progress.record_validation(loss)
     assert progress.is_stale(patience) == stale
 
 

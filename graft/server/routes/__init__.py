@@ -6,13 +6,14 @@ API key, and the format of its errors. Authentication, metrics and errors read t
 
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from graft.server.errors import OPENAI_ERRORS, ErrorFormat
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -35,6 +36,10 @@ class Route:
     errors: ErrorFormat
     needs_key: bool
 
+    def matches(self, path: str) -> bool:
+        """Whether a request's path is this route's."""
+        return compile_path(self.path)[0].fullmatch(path) is not None
+
 
 _ROUTES: list[Route] = []
 
@@ -49,6 +54,11 @@ def route(
         return handler
 
     return register
+
+
+def find_route(routes: Iterable[Route], path: str) -> Route | None:
+    """The first route that a request's path matches, whatever its method."""
+    return next((route for route in routes if route.matches(path)), None)
 
 
 def all_routes() -> list[Route]:

@@ -4,7 +4,7 @@ A file `NAME.py` in this folder makes `--objective NAME`. It defines
 
     objective(model, batch) -> (sum, weight, metrics)
 
-where `batch` is named arrays (see `graft.data.batches.Batch`), `sum` is the loss summed over what
+where `batch` is named arrays (see `graft.data.collate.Batch`), `sum` is the loss summed over what
 counts, in nats, `weight` is the number of things summed over (tokens, pairs), and `metrics` are
 further sums by name. Training minimizes sum / weight over all micro-batches of a step together, so
 that dividing a batch changes memory use and not the result.

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from graft.server import routes
-from graft.server.errors import LLAMA_CPP_ERRORS, OPENAI_ERRORS, VLLM_ERRORS
+from graft.server.errors import LLAMA_CPP_ERRORS, OPENAI_ERRORS, VLLM_ERRORS, HttpError
 from graft.server.routes import all_routes
 from graft.server.routes.page import PAGE
 
@@ -65,3 +65,22 @@ def test_a_route_is_one_marked_function(tmp_path: Path, monkeypatch: pytest.Monk
         assert live.get("/v1/toy", Authorization=f"Bearer {KEY}") == (200, {"path": "/v1/toy"})
         counted = live.get("/metrics", Authorization=f"Bearer {KEY}")[1]
         assert 'graft_http_responses_total{path="/v1/toy",status="200"} 1' in counted
+
+
+def test_a_path_may_have_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Access and errors follow the declaration; metrics count such paths as `other`."""
+    monkeypatch.setattr(routes, "_ROUTES", all_routes())
+
+    @routes.route("GET", "/v1/toys/{name}", errors=VLLM_ERRORS, needs_key=False)
+    async def toy(request: Request) -> Response:
+        if request.path_params["name"] == "none":
+            raise HttpError(404, "there is no toy")
+        return JSONResponse({"toy": request.path_params["name"]})
+
+    with serve(tmp_path, api_key=KEY, adapters={}) as live:
+        assert live.get("/v1/toys/bear") == (200, {"toy": "bear"})
+        assert live.get("/v1/toys/ball")[0] == 200
+        status, content = live.get("/v1/toys/none")
+        assert (status, content["error"]["type"]) == (404, "NotFoundError")
+        counted = live.get("/metrics", Authorization=f"Bearer {KEY}")[1]
+        assert 'graft_http_responses_total{path="other",status="200"} 2' in counted
