@@ -234,7 +234,7 @@ class Options:
     )
     max_nonfinite_steps: int = option(
         5,
-        "roll back to the last checkpoint after N steps in a row with non-finite loss or gradient",
+        "roll back to the last checkpoint after N consecutive non-finite losses or gradients",
         group=STEPS,
         formerly="max_bad_steps",
         at_least=1,
@@ -270,8 +270,8 @@ class Options:
     )
     activation_cache: str = option(
         "auto",
-        "cache the output of the frozen blocks below the first adapted one; auto: if training runs "
-        "for more than one epoch and the cache fits",
+        "where to cache the output of the frozen blocks below the adapter; auto caches only for "
+        "several epochs, and if the cache fits",
         group=MEMORY,
         formerly="trunk_cache",
         choices=CACHE_PLACES,
