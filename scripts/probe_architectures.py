@@ -36,7 +36,7 @@ from graft.pretrained.tokenizer import load_tokenizer
 from graft.runtime.cpu import suit_backend
 from graft.training.activation_cache import cache_activations
 from graft.training.chunked_loss import find_head
-from graft.training.frozen_prefix import has_no_prefix
+from graft.training.frozen_prefix import prefix_removed
 from graft.training.grad_checkpoint import checkpoint_blocks
 from graft.training.objectives import get_objective
 from graft.training.packing import find_capacity
@@ -186,7 +186,7 @@ def activation_cache(config: dict[str, Any]) -> str:
             folder=Path(folder),
             model_key="",
         )
-    return YES if has_no_prefix(model) else "no"
+    return YES if prefix_removed(model) else "no"
 
 
 def checkpointing(config: dict[str, Any]) -> str:
