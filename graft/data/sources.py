@@ -19,13 +19,13 @@ from graft.console import one_line
 from graft.data.readers import FILE_READERS, content_columns, import_extra, rows_of_table
 from graft.data.rows import Row, content_fraction
 from graft.errors import InputError
+from graft.pretrained.hub import is_repo_name
 
 _SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 _SPLIT_FILE = re.compile(r"(train|valid|validation|test)(-\d+-of-\d+)?")
 # The default data, in a checkout and in an installation.
 DEFAULT_DATA = "datasets/mlx-docs"
 INSTALLED_DATA = Path(__file__).parents[1] / "assets" / "mlx-docs"
-_DATASET_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def check_data_name(data: str) -> str:
         raise InputError(f"{data} ends in none of {', '.join(FILE_READERS)}; --data takes these")
     # If a folder OWNER exists here, OWNER/NAME is a misspelled path.
     is_path = path.parent.is_dir() or path.suffix in FILE_READERS
-    if not path.exists() and (is_path or not _DATASET_NAME.fullmatch(data)):
+    if not path.exists() and (is_path or _dataset_name(data) is None):
         raise InputError(
             f"there is no file or folder {data}; make a folder with `graft dataset`, or name a "
             "Hugging Face dataset as OWNER/NAME"
@@ -190,9 +190,17 @@ def _find_sources(data: str) -> DataSource | dict[str, DataSource]:
         return _folder_sources(path)
     if path.is_file():
         return _file_source([path])
-    match = _DATASET_NAME.fullmatch(data)
-    assert match is not None
-    return _dataset_sources(_load_dataset(data, match[1], match[2]), data)
+    dataset = _dataset_name(data)
+    assert dataset is not None
+    return _dataset_sources(_load_dataset(data, *dataset), data)
+
+
+def _dataset_name(data: str) -> tuple[str, str | None] | None:
+    """Name and configuration of OWNER/NAME or OWNER/NAME:CONFIG; `None` if it is neither."""
+    name, colon, config = data.partition(":")
+    if not is_repo_name(name) or (colon and not re.fullmatch(r"[\w.-]+", config)):
+        return None
+    return name, config or None
 
 
 def _missing_splits(data: str, missing: Sequence[str], sources: Mapping[str, DataSource]) -> str:
