@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import graft.__main__
+from graft.cli import chat
 from graft.cli.serve import build_parser, read_arguments
 from graft.pretrained.load import load_model
 from graft.server.launch import listen
@@ -151,8 +152,10 @@ def test_the_requests_of_the_docs_are_answered(
 def test_the_docs_tell_the_options_that_there_are() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`(--[a-z-]+)", page))
-    there = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert told <= there
+    # The page is about serving, and about chatting with the same adapters.
+    parsers = (build_parser(), chat.build_parser())
+    actions = [action for parser in parsers for action in parser._actions]
+    assert told <= {flag for action in actions for flag in action.option_strings}
 
 
 # How it ends
