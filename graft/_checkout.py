@@ -45,6 +45,7 @@ def install() -> None:
         loaded = sys.modules.get(name)
         if loaded is not None and _is_ours(name, getattr(loaded, "__file__", None)):
             sys.modules[f"graft.{name}"] = loaded
+            setattr(sys.modules["graft"], name, loaded)
 
 
 def _is_ours(name: str, origin: str | None) -> bool:

@@ -4,10 +4,12 @@
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.attach import lora_layers
 from graft.data.examples import load_splits
 from graft.errors import InputError
 from graft.pretrained.tokenizer import Tokenizer
@@ -16,14 +18,19 @@ from graft.training.chunked_loss import use_chunked_loss
 from graft.training.evaluate import Evaluation, evaluate_split
 from graft.training.frozen_prefix import prefix_removed
 from graft.training.objectives import get_objective
-from graft.training.options import flag
+from graft.training.options import flag, from_mapping
 from graft.training.run import Run
 from graft.training.setup import load_data, resolve_options
 
 import mlx.nn as nn
 
 # Options of `lora.py` that a call from Python has other means for.
-COMMAND_ONLY = ("prompt", "restarts", "num_tokens", "write_every", "temp")
+COMMAND_ONLY = ("train", "prompt", "restarts", "num_tokens", "write_every", "temp")
+# Options of a new adapter.
+ADAPTER_OPTIONS = (
+    *("method", "targets", "rank", "alpha", "lora_layers"),
+    *("rank_pattern", "alpha_pattern", "original_model", "resume_adapter_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def train(
         tokenizer: the model's.
         data: folder, file or Hub dataset, as for `lora.py --data`.
         adapter_file: where to write the adapter; the other files of the run go beside it.
-        base_model: folder or Hub name of the model, to be recorded in the adapter file.
+        base_model: folder or Hub name of the model, to be recorded in the adapter file; by default
+            the one that it was loaded from.
         options: other options of `lora.py`, with underscores: `iters`, `rank`, `method`, ...
             The activation cache is off unless asked for: it takes the lower blocks out of `model`.
 
@@ -90,7 +98,9 @@ def train(
     if unusable := [flag(name) for name in COMMAND_ONLY if name in options]:
         raise InputError(f"{', '.join(unusable)} can only be used on the command line")
     given = {"activation_cache": "off", **options, "train": True, "data": str(data)}
-    given |= {"adapter_file": str(adapter_file), "model": base_model}
+    name = base_model or getattr(model, "loaded_from", None)
+    given |= {"adapter_file": str(adapter_file), "model": name}
+    _check_adapter_options(model, options)
     settings, checkpoint = resolve_options(given)
     check_options(settings)
     _check_whole(model)
@@ -129,13 +139,15 @@ def evaluate(
         Loss in nats per token, perplexity, tokens and seconds.
 
     Raises:
-        InputError: the data is missing or broken.
+        InputError: the data is missing or broken, or an argument is out of range.
     """
     _check_whole(model)
+    checked = {"batch_size": batch_size, "test_batches": num_batches, "objective": objective}
+    from_mapping({**checked, "max_seq_length": max_seq_length})
     limit = min(max_seq_length, _context(model) or max_seq_length)
     splits = load_splits(str(data), tokenizer, [split], max_length=limit, mask_prompt=mask_prompt)
     if getattr(model, "loss_head", None) is None:
-        use_chunked_loss(model)
+        use_chunked_loss(model, training=False)
     return evaluate_split(
         model,
         splits[split],
@@ -165,7 +177,7 @@ def generate(
         seed: makes sampling repeatable.
 
     Raises:
-        InputError: the prompt is empty or too long, or an argument is out of range.
+        InputError: the prompt is too long, or an argument is out of range.
     """
     from graft.engine.engine import Engine
 
@@ -190,6 +202,15 @@ def _result(run: Run, *, finished: bool) -> TrainingResult:
         metrics=run.folder.metrics,
         folder=run.folder.path,
     )
+
+
+def _check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    given = [name for name in ADAPTER_OPTIONS if options.get(name) is not None]
+    if given and lora_layers(model) and not options.get("resume"):
+        raise InputError(
+            f"the model has an adapter already, which would be trained without regard to "
+            f"{', '.join(given)}; leave these out, or call graft.detach first"
+        )
 
 
 def _check_whole(model: nn.Module) -> None:

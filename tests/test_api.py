@@ -1,9 +1,12 @@
 """The public Python API: what `import graft` offers, and training from a notebook."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import graft
 from graft.errors import InputError
@@ -64,6 +67,54 @@ def test_an_attached_adapter_is_the_one_that_is_trained(here: Path) -> None:
     adapter = graft.load_adapter(run.adapter)
     assert [path.rpartition(".")[2] for path in adapter.layers] == ["q_proj"]
     graft.detach(model)
+
+
+def test_the_base_model_is_recorded(here: Path) -> None:
+    model, tokenizer, _ = graft.load_model("model")
+    run = graft.train(model, tokenizer, "data", iters=1)
+    assert graft.load_adapter(run.adapter).base_model == "model"
+    result = graft.fuse(graft.load_adapter(run.adapter), "fused", max_kl=1.0)
+    assert result.comparison.tokens > 0 and (here / "fused" / "config.json").exists()
+
+
+def test_options_of_a_new_adapter_are_refused_where_there_is_one(here: Path) -> None:
+    model, tokenizer, _ = graft.load_model("model")
+    graft.train(model, tokenizer, "data", iters=1)
+    with pytest.raises(InputError, match=r"has an adapter already.* rank; .* graft\.detach"):
+        graft.train(model, tokenizer, "data", iters=1, rank=2)
+
+
+def test_a_base_model_is_evaluated_in_chunks(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer, _ = graft.load_model("model")
+    graft.evaluate(model, tokenizer, "data")
+    assert model.loss_head is not None and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"objective": "x"}, "--objective x: give one of sft"),
+        ({"batch_size": 0}, "--batch-size 0: give at least 1"),
+        ({"num_batches": 0}, "give at least 1, or -1 for all"),
+        ({"max_seq_length": 0}, "--max-seq-length 0"),
+    ],
+)
+def test_arguments_of_an_evaluation_are_checked(
+    here: Path, argument: dict[str, Any], words: str
+) -> None:
+    model, tokenizer, _ = graft.load_model("model")
+    with pytest.raises(InputError, match=words):
+        graft.evaluate(model, tokenizer, "data", **argument)
+
+
+def test_a_loaded_model_can_be_pickled_and_copied(here: Path) -> None:
+    model, _, _ = graft.load_model("model")
+    tokens = mx.arange(40)[None]
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(twin).__name__ == type(model).__name__
+        assert mx.array_equal(twin(tokens), model(tokens))
 
 
 def test_options_are_checked_by_name(here: Path) -> None:

@@ -108,7 +108,8 @@ def test_an_installation_trains_on_the_data_inside(python: Path, own_folder: Pat
 def test_both_names_of_a_root_module_are_one_module_in_a_checkout() -> None:
     for first, second in (("models", "graft.models"), ("graft.models", "models")):
         code = f"import {first}, {second}, sys; assert sys.modules['{first}'] is "
-        code += f"sys.modules['{second}']; import lora, graft.lora; assert lora is graft.lora"
+        code += f"sys.modules['{second}']; import lora, graft.lora; "
+        code += "assert lora is graft.lora and graft.models"
         run(sys.executable, "-c", code, cwd=ROOT, GRAFT_BLAS="off")
 
 

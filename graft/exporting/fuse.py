@@ -55,7 +55,7 @@ class FusionResult:
 
 def fuse(
     adapter: Adapter,
-    out: Path,
+    out: str | Path,
     *,
     model: str | None = None,
     dequantize: bool = False,
@@ -87,6 +87,7 @@ def fuse(
     """
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise InputError(f"--max-kl {max_kl}: give more than 0")
+    out = Path(out)
     check_free(out, replace=force)
     if model is None:
         model = adapter.base_model

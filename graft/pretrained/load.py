@@ -34,6 +34,7 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
     """
     folder = find_folder(name)
     model, config = read_model(folder)
+    model.loaded_from = None if name is None else str(name)
     return model, load_tokenizer(folder, config.get("eos_token_id")), config
 
 

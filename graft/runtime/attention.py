@@ -1,4 +1,4 @@
-"""Attention and sigmoid for a Linux CPU, where an exponential costs as much as 60 additions.
+"""Attention and SwiGLU for a Linux CPU, where an exponential costs as much as 60 additions.
 
 MLX computes attention weights in the forward pass and again in the backward pass, masked ones too.
 Here they are computed once, from powers of two, which take a third of the time, for a block of
@@ -12,16 +12,18 @@ P is kept for the backward pass while it is small, and otherwise recomputed bloc
 memory grows with the number of tokens and not with its square: Dao et al., "FlashAttention" (2022),
 https://arxiv.org/abs/2205.14135.
 
-Models look these functions up in MLX. `use_fast_functions` makes one model find the ones here while
-it runs; other models, and other threads, keep MLX's. Functions that MLX compiles in the meantime,
-such as `nn.silu`, keep what they were compiled with; the results agree to 3e-7.
+Models look these functions up in MLX and mlx-lm. `use_fast_functions` makes one model find the ones
+here while it runs; other models, and other threads, keep theirs.
 """
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 from graft.runtime.overriding import override, variant
@@ -45,29 +47,31 @@ _mlx_sigmoid = mx.sigmoid
 _thread = threading.local()
 _lock = threading.Lock()
 _active_threads = 0
+# Where a function was replaced, by what name, and what was there before.
+_replaced: list[tuple[Any, str, Any]] = []
 
 
 def use_fast_functions(model: nn.Module) -> None:
-    """Let a model use attention and sigmoid of this module whenever it is called."""
+    """Let a model use the functions of this module whenever it is called."""
     if not getattr(model, "uses_fast_functions", False):
         override([model], _with_fast_functions)
 
 
 def current_functions() -> Callable[[], AbstractContextManager[None]]:
-    """What makes a context with the attention and sigmoid of now, for a later computation."""
+    """What makes a context with the functions of now, for a later computation."""
     return fast_functions if _depth() else nullcontext
 
 
 @contextmanager
 def fast_functions() -> Iterator[None]:
-    """Use attention and sigmoid of this module in this thread until the context ends."""
+    """Use the functions of this module in this thread until the context ends."""
     global _active_threads
     _thread.depth = _depth() + 1
     if _thread.depth == 1:
         with _lock:
             _active_threads += 1
-            mx.fast.scaled_dot_product_attention = _dispatched_attention
-            mx.sigmoid = _dispatched_sigmoid
+            if _active_threads == 1:
+                _replace()
     try:
         yield
     finally:
@@ -76,12 +80,48 @@ def fast_functions() -> Iterator[None]:
             with _lock:
                 _active_threads -= 1
                 if _active_threads == 0:
-                    mx.fast.scaled_dot_product_attention = _mlx_attention
-                    mx.sigmoid = _mlx_sigmoid
+                    _put_back()
 
 
 def _depth() -> int:
     return getattr(_thread, "depth", 0)
+
+
+def _replace() -> None:
+    """Put functions that look at the thread in place of those of MLX and mlx-lm."""
+    holders: list[tuple[Any, str, Callable[..., Any]]] = [
+        (mx.fast, "scaled_dot_product_attention", attention),
+        *((module, "swiglu", swiglu) for module in _modules_with_swiglu()),
+    ]
+    for holder, name, fast in holders:
+        before = getattr(holder, name)
+        _replaced.append((holder, name, before))
+        setattr(holder, name, partial(_dispatch, fast, before))
+
+
+def _put_back() -> None:
+    while _replaced:
+        holder, name, before = _replaced.pop()
+        setattr(holder, name, before)
+
+
+def _dispatch(
+    fast: Callable[..., Any], before: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    return (fast if _depth() else before)(*args, **kwargs)
+
+
+def _modules_with_swiglu() -> list[ModuleType]:
+    """The architectures of mlx-lm that have imported its gated activation."""
+    activations = sys.modules.get("mlx_lm.models.activations")
+    if activations is None:
+        return []
+    original = activations.swiglu
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("mlx_lm.models.") and getattr(module, "swiglu", None) is original
+    ]
 
 
 def _with_fast_functions(cls: Any) -> type:
@@ -89,16 +129,18 @@ def _with_fast_functions(cls: Any) -> type:
         with fast_functions():
             return cls.__call__(self, *args, **kwargs)
 
-    return variant(cls, __call__=call, uses_fast_functions=True)
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The class has no name that pickle could find, but can be made from its parent.
+        _, _, *state = cls.__reduce_ex__(self, max(protocol, 2))
+        return (_new_with_fast_functions, (cls,), *state)
+
+    return variant(cls, __call__=call, __reduce_ex__=reduce, uses_fast_functions=True)
 
 
-def _dispatched_attention(*args: Any, **kwargs: Any) -> Any:
-    return (attention if _depth() else _mlx_attention)(*args, **kwargs)
-
-
-def _dispatched_sigmoid(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-    fast = _depth() and not args and not kwargs
-    return sigmoid(x) if fast else _mlx_sigmoid(x, *args, **kwargs)
+def _new_with_fast_functions(cls: Any) -> Any:
+    model = cls.__new__(cls)
+    use_fast_functions(model)
+    return model
 
 
 def attention(
@@ -136,6 +178,12 @@ def attention(
     kept = batch * heads * queries * keys <= KEPT_VALUES
     output = _attend(scale, blocks, kept=kept)(grouped, k, v)[0]
     return output.reshape(batch, heads, queries, v.shape[-1])
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """The gated activation of mlx-lm, silu(gate) * x, with the sigmoid of this module."""
+    return gate * sigmoid(gate) * x
 
 
 def sigmoid(x: mx.array) -> mx.array:

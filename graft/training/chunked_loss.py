@@ -80,11 +80,12 @@ class Head:
             yield
 
 
-def find_head(model: nn.Module) -> tuple[Head | None, str]:
+def find_head(model: nn.Module, *, training: bool = True) -> tuple[Head | None, str]:
     """The last layer of a model, if the model's logits are the output of that layer.
 
     Args:
         model: a language model, with or without an adapter.
+        training: whether the model will be trained; a head that is trained itself does not serve.
 
     Returns:
         The head, or `None` and the reason.
@@ -98,16 +99,16 @@ def find_head(model: nn.Module) -> tuple[Head | None, str]:
         if not _gives(module, logits.shape[-1]):
             continue
         over = adapted.intersection(accumulate(path.split("."), "{}.{}".format))
-        if over or tree_flatten(module.trainable_parameters()):
+        if over or (training and tree_flatten(module.trainable_parameters())):
             reason = f"{min(over, default=path)} is adapted"
         elif _explains(Head(module), model, tokens, logits):
             return Head(module), ""
     return None, reason
 
 
-def use_chunked_loss(model: nn.Module) -> None:
+def use_chunked_loss(model: nn.Module, *, training: bool = True) -> None:
     """Let objectives compute their loss in chunks, or report why they cannot."""
-    model.loss_head, reason = find_head(model)
+    model.loss_head, reason = find_head(model, training=training)
     if model.loss_head is None:
         say(f"loss: chunked cross-entropy off because {reason}")
 

@@ -477,6 +477,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
         # YAML 1.1 reads 1e-5 as a string; it wants 1.0e-5.
         with contextlib.suppress(ValueError):
             value = float(value)
+    if value is False and "off" in (field.metadata["choices"] or ()):
+        value = "off"  # YAML 1.1 reads off as false.
     if type(value) is not kind:
         found, wanted = type(value).__name__, kind.__name__
         return value, f"{field.name}: {value!r} is a {found}, expected {wanted}"

@@ -202,7 +202,7 @@ def use_adapter(model: nn.Module, options: Options) -> None:
         if adapter.base_model != options.model:
             note(f"{name} was trained on {adapter.base_model or 'the included base model'}")
     if options.test and not options.full_logits:
-        use_chunked_loss(model)
+        use_chunked_loss(model, training=False)
     model.eval()
 
 

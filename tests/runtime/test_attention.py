@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import activations, llama
 
 from support.fast_cases import ARCHITECTURES, make_adapted
 from support.paths import ROOT
@@ -151,7 +152,7 @@ def test_models_give_what_they_give_with_the_attention_of_mlx(
     tokens = mx.arange(80).reshape(2, 40) % 60
     with monkeypatch.context() as plain:
         plain.setattr(module, "attention", module._mlx_attention)
-        plain.setattr(module, "sigmoid", module._mlx_sigmoid)
+        plain.setattr(module, "swiglu", activations.swiglu)
         expected = model(tokens)
     mx.eval(expected)
     asked = []
@@ -169,11 +170,16 @@ class Asking(nn.Module):
         self.functions: list[Any] = []
 
     def __call__(self, x: mx.array) -> mx.array:
-        self.functions.append((mx.fast.scaled_dot_product_attention, mx.sigmoid))
+        self.functions.append(functions())
         return x
 
 
-PLAIN = (module._mlx_attention, module._mlx_sigmoid)
+def functions() -> tuple[Any, ...]:
+    """What models may find replaced."""
+    return mx.fast.scaled_dot_product_attention, mx.sigmoid, nn.silu, llama.swiglu
+
+
+PLAIN = functions()
 
 
 def test_only_the_models_that_use_fast_functions_find_them() -> None:
@@ -185,23 +191,54 @@ def test_only_the_models_that_use_fast_functions_find_them() -> None:
     other(mx.zeros(1))
     assert type(ours).__name__ == "Asking" and isinstance(ours, Asking)
     assert ours.functions[0] != PLAIN and other.functions == [PLAIN]
-    assert (mx.fast.scaled_dot_product_attention, mx.sigmoid) == PLAIN
+    assert functions() == PLAIN
 
 
 def test_another_thread_computes_as_mlx_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "sigmoid", lambda x: x)
+    monkeypatch.setattr(module, "swiglu", lambda gate, x: mx.array(7.0))
     x = mx.array([0.0])
     with fast_functions():
-        assert mx.sigmoid(x).item() == 0.0
+        assert llama.swiglu(x, x).item() == 7.0
         with ThreadPoolExecutor(1) as thread:
-            assert thread.submit(lambda: mx.sigmoid(x).item()).result() == 0.5
-    assert mx.sigmoid(x).item() == 0.5
+            assert thread.submit(lambda: llama.swiglu(x, x).item()).result() == 0.0
+    assert llama.swiglu(x, x).item() == 0.0
+
+
+def test_what_a_user_has_replaced_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = lambda *args, **kwargs: "mine"  # noqa: E731
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", mine)
+    with fast_functions():
+        pass
+    assert mx.fast.scaled_dot_product_attention is mine
+
+
+def test_a_model_leaves_no_trace_in_what_mlx_compiles() -> None:
+    """MLX keeps what it has compiled: a plain model gives the same bits before and after."""
+    code = (
+        "import graft, mlx.core as mx, mlx.nn as nn, sys\n"
+        "from mlx_lm.models import activations\n"
+        "from graft.pretrained.load import load_model\n"
+        "if sys.argv[1] == 'after':\n"
+        "    mx.eval(load_model()[0](mx.arange(64)[None]))\n"
+        "mx.random.seed(0)\n"
+        "x = mx.random.normal((4096,))\n"
+        "mx.eval(values := [nn.silu(x), activations.swiglu(x, x), mx.sigmoid(x)])\n"
+        "import hashlib, numpy as np\n"
+        "print(hashlib.sha256(b''.join(np.array(v).tobytes() for v in values)).hexdigest())\n"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, when], cwd=ROOT, capture_output=True, check=True
+        ).stdout
+        for when in ("before", "after")
+    }
+    assert len(digests) == 1
 
 
 def test_an_error_in_a_model_leaves_mlx_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError), fast_functions():
         raise ZeroDivisionError
-    assert (mx.fast.scaled_dot_product_attention, mx.sigmoid) == PLAIN
+    assert functions() == PLAIN
 
 
 def test_importing_graft_and_loading_a_model_change_nothing_in_mlx() -> None:
@@ -226,7 +263,7 @@ def test_recomputed_blocks_use_the_functions_of_their_forward_pass() -> None:
 
     class Noting(type(block)):
         def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-            seen.append(mx.sigmoid is not module._mlx_sigmoid)
+            seen.append(mx.fast.scaled_dot_product_attention is not module._mlx_attention)
             return super().__call__(*args, **kwargs)
 
     block.__class__ = Noting

@@ -147,11 +147,11 @@ CASES: dict[str, tuple[str, dict[str, Any], MemoryPlan]] = {
 def test_a_rehearsal_tells_what_training_takes(case: str) -> None:
     """Within 15 %, counting only what this model takes.
 
-    MLX runs further ahead of workers that other processes hold up, so a difference has to show three
-    times in a row.
+    MLX runs further ahead of workers that other processes hold up, so a difference has to show
+    three times in a row.
     """
     name, how, plan = CASES[case]
-    for attempt in range(3):
+    for _ in range(3):
         let_go()
         before = mx.get_active_memory()
         trial = prepared(name, **how)
@@ -160,7 +160,7 @@ def test_a_rehearsal_tells_what_training_takes(case: str) -> None:
         if told == pytest.approx(taken, rel=0.15):
             return
         del trial
-    pytest.fail(f"a dry run takes {told:,} bytes and training {taken:,}, {attempt + 1} times")
+    pytest.fail(f"a dry run takes {told:,} bytes and training {taken:,}, three times")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graft.errors import InputError
+
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
@@ -30,6 +32,12 @@ OBJECTIVES = tuple(
 
 
 def get_objective(name: str) -> Objective:
-    """The objective of `--objective NAME`."""
+    """The objective of `--objective NAME`.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"no objective {name!r}; there are: {', '.join(OBJECTIVES)}")
     found: Objective = importlib.import_module(f"{__name__}.{name}").objective
     return found
