@@ -162,7 +162,9 @@ def test_the_docs_tell_the_options_that_there_are() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(
     folder: Path, number: signal.Signals
 ) -> None:

@@ -210,6 +210,7 @@ def test_numbers_that_overflow_stay_in_their_row() -> None:
 # Coming and going
 
 
+@pytest.mark.slow
 def test_a_thousand_swaps_leave_the_base_s_bytes_and_arrays() -> None:
     model = make_model(LLAMA)
     adapters = [make_adapter(model, seed=n, **plan) for n, plan in enumerate(PLANS.values())]

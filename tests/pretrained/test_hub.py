@@ -71,10 +71,28 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("form", "out", "files", "use"),
     [
-        ("mlx-lm", "out", {"adapters.safetensors", "adapter_config.json"}, "mlx_lm.generate"),
+        pytest.param(
+            "mlx-lm",
+            "out",
+            {"adapters.safetensors", "adapter_config.json"},
+            "mlx_lm.generate",
+            marks=pytest.mark.slow,
+        ),
         ("peft", "out", {"adapter_model.safetensors", "adapter_config.json"}, "PeftModel"),
-        ("gguf", "a.gguf", {"a.gguf"}, "llama-cli -m base.gguf --lora a.gguf"),
-        ("npz", "out", {"adapters.npz", "adapter_config.json"}, "--adapter-file me/mine"),
+        pytest.param(
+            "gguf",
+            "a.gguf",
+            {"a.gguf"},
+            "llama-cli -m base.gguf --lora a.gguf",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "npz",
+            "out",
+            {"adapters.npz", "adapter_config.json"},
+            "--adapter-file me/mine",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_exported_adapter_goes_to_the_hub_and_comes_back(
@@ -132,6 +150,7 @@ def test_a_fused_model_goes_to_the_hub(hub: Hub, run: Path) -> None:
     assert "mlx_lm.generate --model me/model" in stored["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_training_starts_and_measures_with_an_adapter_of_the_hub(hub: Hub, run: Path) -> None:
     done = command(hub, run, "export", "run", "--to", "peft", "--out", "p", "--upload-repo", "a/b")
     assert done.returncode == 0, done.stderr

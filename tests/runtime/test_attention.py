@@ -103,6 +103,7 @@ def test_blocks_of_queries_give_what_all_of_them_give(
     assert_as_mlx_has_it(SHAPES[1], mask)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_memory")
 @on_cpu
 def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:

@@ -59,6 +59,7 @@ def test_the_base_is_called_after_its_folder_or_as_on_the_hub(folder: Path) -> N
     assert model_name("owner/name") == "owner/name"
 
 
+@pytest.mark.slow
 def test_a_mixed_day_ends_as_it_began(tmp_path: Path) -> None:
     _live_through(tmp_path, requests=120)
 

@@ -122,6 +122,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert options(one) == options(other)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_matches_an_uninterrupted_run(
     place: Path, uninterrupted: Path
 ) -> None:
@@ -146,7 +147,12 @@ def test_killed_at_random_moments_and_resumed_matches_an_uninterrupted_run(
     assert_same_run(place / "killed", uninterrupted)
 
 
-@pytest.mark.parametrize("moment", ["adapter", "arrays", "rename", "latest", "prune"])
+SLOW_MOMENTS = [
+    pytest.param(m, marks=pytest.mark.slow) for m in ("adapter", "arrays", "latest", "prune")
+]
+
+
+@pytest.mark.parametrize("moment", ["rename", *SLOW_MOMENTS])
 def test_killed_while_saving_matches_an_uninterrupted_run(
     place: Path, uninterrupted: Path, moment: str
 ) -> None:
@@ -190,7 +196,10 @@ lora.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(
     place: Path, uninterrupted: Path, number: signal.Signals, status: int
 ) -> None:
@@ -206,6 +215,7 @@ def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(
     assert_same_run(place / name, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_leaves_the_last_checkpoint_good(
     place: Path, uninterrupted: Path
 ) -> None:
@@ -296,6 +306,7 @@ def test_resuming_with_harmless_changes_goes_on_and_says_them(
     assert_same_run(place / "harmless", uninterrupted)
 
 
+@pytest.mark.slow
 def test_more_iterations_of_a_finished_run_go_on(place: Path) -> None:
     constant = ["--lr-schedule", "constant"]
     assert lora.main([*arguments(place, "longer"), *constant]) == 0

@@ -143,7 +143,13 @@ CASES: dict[str, tuple[str, dict[str, Any], MemoryPlan]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK_CASES = ("two workers", "recomputed, 4 bits, two workers", "gemma2, logits capped")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c in QUICK_CASES else pytest.mark.slow) for c in CASES],
+)
 def test_a_rehearsal_tells_what_training_takes(case: str) -> None:
     """Within 15 %, counting only what this model takes.
 
@@ -200,6 +206,7 @@ def tokens(lines: list[dict[str, Any]]) -> list[int]:
     return [line["tokens"] for line in lines if "tokens" in line]
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_changes_no_result(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +249,7 @@ def test_a_budget_too_small_is_one_line_with_one_that_does(
     assert run(shared, tmp_path, "--iters", "1", "--memory-budget", enough)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan_and_its_bits(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

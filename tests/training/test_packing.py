@@ -321,6 +321,7 @@ def test_a_run_says_how_many_rows_went_where(
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder: Path) -> None:
     settings = ["--pack", "--dropout", "0.2", "--max-seq-length", "128", "--save-every", "3"]
     whole = run(folder, "whole", *settings, "--iters", "14")

@@ -138,7 +138,10 @@ sys.exit(lora.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("what", FULL)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(w, marks=() if w == "a checkpoint" else pytest.mark.slow) for w in FULL],
+)
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_good(
     place: Path, small_disk: Path, what: str
 ) -> None:

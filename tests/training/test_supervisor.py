@@ -173,7 +173,10 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(place: Path) -> No
     assert (record["restarts"], record["resume"]) == (2, False)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_signals_pass_through_the_parent(place: Path, number: signal.Signals, status: int) -> None:
     """Ctrl-C goes to the whole group, SIGTERM to the parent alone; both end with a saved run."""
     child = start(place, number.name)
