@@ -19,6 +19,7 @@ from graft.training.evaluate import Evaluation, evaluate_split
 from graft.training.frozen_prefix import prefix_removed
 from graft.training.objectives import get_objective
 from graft.training.options import flag, from_mapping
+from graft.training.packing import context_length
 from graft.training.run import Run
 from graft.training.setup import load_data, resolve_options
 
@@ -104,7 +105,7 @@ def train(
     settings, checkpoint = resolve_options(given)
     check_options(settings)
     _check_whole(model)
-    splits = load_data(settings, tokenizer, context=_context(model))
+    splits = load_data(settings, tokenizer, context=context_length(model))
     run, status = run_training(model, splits, settings, checkpoint)
     model.eval()
     return _result(run, finished=status == 0)
@@ -144,7 +145,7 @@ def evaluate(
     _check_whole(model)
     checked = {"batch_size": batch_size, "test_batches": num_batches, "objective": objective}
     from_mapping({**checked, "max_seq_length": max_seq_length})
-    limit = min(max_seq_length, _context(model) or max_seq_length)
+    limit = min(max_seq_length, context_length(model) or max_seq_length)
     splits = load_splits(str(data), tokenizer, [split], max_length=limit, mask_prompt=mask_prompt)
     if getattr(model, "loss_head", None) is None:
         use_chunked_loss(model, training=False)
@@ -218,7 +219,3 @@ def _check_whole(model: nn.Module) -> None:
         raise InputError(
             "the activation cache has taken the lower blocks out of this model; load it again"
         )
-
-
-def _context(model: nn.Module) -> int | None:
-    return getattr(getattr(model, "args", None), "max_position_embeddings", None)

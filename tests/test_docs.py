@@ -4,11 +4,8 @@ import argparse
 import importlib
 import importlib.util
 import itertools
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +16,7 @@ from typing import Any
 import graft.__main__
 
 import pytest
-from test_house import console, git_files
+from test_house import console, run_in_a_copy
 
 from support.paths import ROOT
 
@@ -216,11 +213,6 @@ def shortened(command: str) -> str:
 
 @pytest.mark.slow
 def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
-    for path in git_files("--cached", "--others", "--exclude-standard"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": search, "HF_HUB_OFFLINE": "1"}
     # Pages use the adapter that README's first commands leave behind.
     commands = ["python lora.py --train --iters 3 --val-batches 1"]
     for page in PAGES:
@@ -228,18 +220,7 @@ def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
             lines = console(page.read_text(encoding="utf-8"))
             commands += [shortened(command) for command, reason in lines if not reason]
     assert len(commands) > 10
-    for command in commands:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}"
+    run_in_a_copy(commands, tmp_path)
 
 
 @pytest.mark.slow

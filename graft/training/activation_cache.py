@@ -149,9 +149,10 @@ class _StatesStore:
 
     def discard(self) -> None:
         """Remove the file, and those of other models, data or prefixes."""
-        for pattern in (FILE_PATTERN, FORMER_PATTERN) if self._path else ():
-            for path in self._path.parent.glob(pattern) if self._path else ():
-                path.unlink()
+        if self._path is not None:
+            for pattern in (FILE_PATTERN, FORMER_PATTERN):
+                for path in self._path.parent.glob(pattern):
+                    path.unlink()
 
 
 def _compute(

@@ -84,7 +84,7 @@ def find_capacity(model: nn.Module, tokens: int) -> int | None:
         tokens: length of the longest row wanted.
     """
     model.eval()
-    capacity = min(tokens, _context(model) or tokens)
+    capacity = min(tokens, context_length(model) or tokens)
     examples = [_document(length) for length in SAMPLE_LENGTHS]
     logits = model(mx.array(collate(examples, range(len(examples)))["inputs"]))
     expected = mx.concatenate([row[: len(e) - 1] for row, e in zip(logits, examples, strict=True)])
@@ -97,7 +97,8 @@ def find_capacity(model: nn.Module, tokens: int) -> int | None:
     return capacity
 
 
-def _context(model: nn.Module) -> int | None:
+def context_length(model: nn.Module) -> int | None:
+    """The longest row that a model was made for, in tokens; `None` if it does not say."""
     return getattr(getattr(model, "args", None), "max_position_embeddings", None)
 
 
