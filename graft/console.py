@@ -48,9 +48,12 @@ def parse_bytes(text: str) -> int:
         InputError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)", text.strip())
-    if match is None or match[2].upper() not in UNITS or not float(match[1]):
-        raise InputError(f"{text!r} is not a size: give one such as 12GB, 900MB or 1.5GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    unit = UNITS.get(match[2].upper(), 0) if match else 0
+    size = float(match[1]) * unit if match else 0.0
+    if not 1 <= size < 2**63:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise InputError(f"{shown!r} is not a size: give one such as 12GB, 900MB or 1.5GiB")
+    return int(size)
 
 
 def bytes_text(size: float) -> str:

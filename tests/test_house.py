@@ -105,7 +105,7 @@ ARROWS: dict[str, set[str]] = {
     "quantization": {"storage", "pretrained", "adapters", "data"},
     "exporting": {"storage", "pretrained", "adapters", "data", "quantization"},
     "engine": {"runtime", "storage", "pretrained", "adapters"},
-    "server": {"runtime", "pretrained", "adapters", "data", "engine"},
+    "server": {"runtime", "storage", "pretrained", "adapters", "data", "engine"},
     "corpus": {"runtime", "storage"},
     "bench": {"runtime", "storage", "pretrained", "adapters", "engine"},
 }

@@ -5,25 +5,45 @@ fix is one line on standard error and exit status 2, never a traceback.
 """
 
 import argparse
+import contextlib
 import errno
 import functools
+import io
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from graft.console import one_line
 from graft.errors import InputError, RunError
 
+MOST_DIGITS, LONGEST_MESSAGE = 40, 500
 Main = Callable[[Sequence[str] | None], int]
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows every default.
 
-    Its errors are `InputError`s, without the list of all options before them.
+    Its errors are `InputError`s, without the list of all options before them. Numbers are finite,
+    whole ones have at most 64 bits, and arguments are UTF-8.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **settings})
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `argparse` does.
+
+        Raises:
+            InputError: an argument is not UTF-8, or the command line is wrong.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        if unreadable := [text for text in given if not _is_utf8(text)]:
+            raise InputError(f"the argument {unreadable[0]!a} is not UTF-8")
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
@@ -31,7 +51,30 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(f"{message}; --help lists all options")
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}..."
+        raise InputError(f"{one_line(ValueError(message))}; --help lists all options")
+
+
+def _whole_number(text: str) -> int:
+    number = int(text[: MOST_DIGITS + 1])
+    if len(text) > MOST_DIGITS or not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:MOST_DIGITS]} is too large a number")
+    return number
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text[:MOST_DIGITS]}: give a finite number")
+    return number
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -49,31 +92,59 @@ def command(main: Main) -> Callable[..., int]:
     """Wrap a command's ``main(argv=None)`` so that expected failures end in one line.
 
     Returns:
-        ``main`` with exit status 2 after an `InputError`, that of a `RunError` after one, 1 after a
-        full disk, 130 after Ctrl-C.
+        ``main`` with exit status 2 after an `InputError` or a file that cannot be used, that of a
+        `RunError` after one, 1 after a full disk or memory, 130 after Ctrl-C.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        _prepare_streams()
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _fail(str(error), 2)
         except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.status
+            return _fail(str(error), error.status)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
             # The reader of a pipe went away (`... | head`): nothing is wrong with the input.
-            sys.stderr.close()
+            _discard_output()
             return 1
+        except MemoryError:
+            return _fail("out of memory", 1)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno == errno.ENOSPC:
+                if error.filename is None:
+                    _discard_output()
+                name = error.filename or "the output"
+                return _fail(f"no space left on disk while writing {name}", 1)
+            if error.filename is None:
                 raise
-            print(f"error: no space left on disk while writing {error.filename}", file=sys.stderr)
-            return 1
+            return _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", 2)
 
     return run
+
+
+def _fail(text: str, status: int) -> int:
+    print("error:", " ".join(text.splitlines()), file=sys.stderr)
+    return status
+
+
+def _prepare_streams() -> None:
+    """Open standard streams that are closed, and let none fail because of a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the end)
+        stream, errors = getattr(sys, name), "replace" if mode == "r" else "backslashreplace"
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from writing the rest of the output again when it exits."""
+    with contextlib.suppress(OSError):  # a stand-in has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.cli.command import Parser
-from graft.console import one_line
-from graft.errors import InputError
+from graft.storage.yaml_file import read_yaml_file
 from graft.training.options import GROUPS, Options, flag, value_type
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -42,7 +41,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     """
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    return {**(_read_yaml(Path(file)) if file else {}), **given}
+    return {**(read_yaml_file(Path(file)) if file else {}), **given}
 
 
 def _add(group: Any, field: "dataclasses.Field[Any]") -> None:
@@ -61,17 +60,3 @@ def _add(group: Any, field: "dataclasses.Field[Any]") -> None:
     group.add_argument(*flags, dest=field.name, help=text, **settings)
     if former:
         group.add_argument(*former, dest=field.name, help=argparse.SUPPRESS, **settings)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no options: write one `name: value` per line")
-    return {str(key): value for key, value in content.items()}

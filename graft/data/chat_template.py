@@ -22,6 +22,7 @@ from typing import Any
 from graft.console import one_line
 from graft.data.tokenize import Passage, Span, encode, transformers_tokenizer
 from graft.pretrained.tokenizer import Tokenizer
+from graft.storage.json_file import parse_json
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
@@ -250,6 +251,6 @@ def _with_parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
     if "function" in call:
         return {**call, "function": _with_parsed_arguments(call["function"])}
     try:
-        return {**call, "arguments": json.loads(call["arguments"])}
-    except (KeyError, TypeError, json.JSONDecodeError):
+        return {**call, "arguments": parse_json(call["arguments"])}
+    except (KeyError, TypeError, ValueError):
         return call

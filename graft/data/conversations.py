@@ -6,6 +6,8 @@ Rows of a dataset and requests to the server go through the same checks.
 import json
 from typing import Any
 
+from graft.storage.json_file import parse_json
+
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -41,8 +43,8 @@ def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
+            tools = parse_json(tools)
+        except ValueError:
             return None
     is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     return tools if is_list else None

@@ -20,6 +20,8 @@ from graft.data.rows import (
     row_problem,
 )
 from graft.errors import InputError, first_line
+from graft.storage.json_file import parse_json
+from graft.storage.plain_file import read_plain_text
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
     problems = []
     # Not splitlines(): JSON strings may contain U+2028 and other line separators as they are.
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_plain_text(path).split("\n"), 1):
         if line.strip():
             fields, problem = _parse_line(line)
             rows.append(Row(fields, f"{path}:{number}"))
@@ -78,7 +80,7 @@ def read_document(path: Path) -> list[Row]:
     Raises:
         InputError: the file is missing or is not UTF-8.
     """
-    text = _read_text(path)
+    text = read_plain_text(path)
     return [Row({"text": text}, str(path))] if text.strip() else []
 
 
@@ -148,23 +150,14 @@ def import_extra(module: str) -> Any:
 def _parse_line(line: str) -> tuple[dict[str, Any], str | None]:
     """The fields of a row, and what is wrong with them."""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line, allow_surrogates=True)  # outside the content they do no harm
     except json.JSONDecodeError as error:
         return {}, f"broken JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        return {}, "broken JSON: nested too deeply"
+    except ValueError as error:
+        return {}, f"broken JSON: {error}"
     if not isinstance(fields, dict):
         return {}, f"a {type(fields).__name__}, not a JSON object"
     return fields, row_problem(fields)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -45,10 +46,24 @@ def lora_linear_type() -> type[LoRALinear]:
 
 
 def check_compiler() -> None:
-    """Turn `mx.compile` off, with a note, if the CPU backend has no C++ compiler."""
-    if sys.platform == "linux" and runs_on_cpu() and shutil.which("g++") is None:
+    """Turn `mx.compile` off, with a note, if the CPU backend has no compiler or no place for it."""
+    if sys.platform != "linux" or not runs_on_cpu():
+        return
+    if shutil.which("g++") is None:
         mx.disable_compile()
         note("no g++ found: running uncompiled, which is slower; install g++")
+        return
+    # Where MLX writes the code, as C++ finds it. Python would look further.
+    names = (os.environ.get(name) for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))
+    folder = next(filter(None, names), "/tmp")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits do not apply to root
+    except OSError as error:
+        mx.disable_compile()
+        note(
+            f"the temporary folder {folder} cannot be written ({error.strerror}): running "
+            "uncompiled, which is slower; set TMPDIR"
+        )
 
 
 class CompiledStep:

@@ -4,13 +4,13 @@ Follows OpenAI's completions and chat completions, with llama.cpp's `lora`, mlx-
 vLLM's `return_token_ids`. Does not know the engine.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from graft.server.errors import HttpError
 from graft.server.fields import CHAT_FIELDS, COMPLETION_FIELDS, as_template_message, check_fields
+from graft.storage.json_file import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +48,16 @@ class GenerationRequest:
     return_token_ids: bool = False
 
 
-def parse_json(body: bytes) -> Any:
+def parse_body(body: bytes) -> Any:
     """Parse a body as JSON.
 
     Raises:
         HttpError: 400, the body is not valid JSON.
     """
-
-    def refuse(word: str) -> NoReturn:
-        raise ValueError(f"{word} is not allowed")
-
     try:
-        return json.loads(body.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise HttpError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
+        return parse_json(body.decode(), allow_constants=False)
+    except ValueError as error:
+        raise HttpError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def parse_completion(body: Any) -> GenerationRequest:

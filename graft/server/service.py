@@ -19,7 +19,7 @@ from graft.engine.errors import EngineClosed
 from graft.engine.streams import Piece, Stream
 from graft.pretrained.tokenizer import Tokenizer
 from graft.server.errors import HttpError
-from graft.server.requests import parse_json
+from graft.server.requests import parse_body
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
@@ -117,7 +117,7 @@ async def read_body(request: Request) -> Any:
     except TimeoutError:
         message = f"the body did not arrive within {settings.body_seconds:g} s"
         raise HttpError(408, message, code="timeout", headers={"Connection": "close"}) from None
-    return parse_json(bytes(body))
+    return parse_body(bytes(body))
 
 
 class StreamReader:

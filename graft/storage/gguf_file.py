@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from graft.errors import InputError, first_line
+from graft.storage.lazy_tensors import LARGEST_EXPANSION, check_shape
+from graft.storage.plain_file import read_plain_bytes
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +36,6 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _F32, _F16, _BF16 = 0, 1, 30
-# How many times larger than the file its tensors may be.
-_LARGEST_EXPANSION = 16
 
 
 class GGUFField(NamedTuple):
@@ -84,15 +84,14 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         InputError: the file is missing or damaged.
     """
     try:
-        with path.open("rb") as file:
-            content = memoryview(file.read())
+        content = memoryview(read_plain_bytes(path))
         metadata, fields = read_gguf_header(content)
         size = sum(4 * math.prod(field.shape) for field in fields.values())
-        if size > _LARGEST_EXPANSION * len(content):
+        if size > LARGEST_EXPANSION * len(content):
             raise ValueError(f"{size} bytes of tensors in a file of {len(content)}")
         return metadata, {name: _tensor(content, name, field) for name, field in fields.items()}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except InputError:
+        raise
     except Exception as error:  # a fuzzed file finds every branch
         raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
 
@@ -118,6 +117,7 @@ def read_gguf_header(content: memoryview) -> tuple[dict[str, Any], dict[str, GGU
         if dimensions > 4 or name in fields:
             raise ValueError(f"tensor {name!r} occurs twice or has {dimensions} dimensions")
         shape = tuple(reversed([file.scalar("Q") for _ in range(dimensions)]))
+        check_shape(shape)
         fields[name] = GGUFField(shape, file.scalar("I"), file.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:

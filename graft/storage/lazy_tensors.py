@@ -6,11 +6,11 @@ tensor is; this one reads it.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from graft.errors import InputError
 
@@ -18,6 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 BLOCK_BYTES = 1 << 23
+# Limits of MLX's and NumPy's arrays.
+LARGEST_DIMENSION, MOST_DIMENSIONS = 2**31, 16
+# How many times larger than its file tensors may be: packed, or views of the same numbers.
+LARGEST_EXPANSION = 16
 
 # NumPy has no bfloat16: its words are read as 16-bit integers, which MLX views as bfloat16.
 NUMPY_NAMES = {
@@ -77,6 +81,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_shape(self.shape)
+
     def rows(self, start: int, stop: int) -> mx.array:
         """Indices start to stop - 1 of the first dimension, read from the file."""
         shape, offset = self.shape, self.offset_bytes
@@ -91,7 +98,10 @@ class StoredTensor:
         )
         numpy_dtype = np.dtype(NUMPY_NAMES[self.dtype])
         mapped = np.memmap(self.path, numpy_dtype, mode="r", offset=offset, shape=(span,))
-        strides = [stride * numpy_dtype.itemsize for stride in self.strides]
+        strides = [
+            stride * numpy_dtype.itemsize if size > 1 else 0  # one of a single index can be any
+            for size, stride in zip(shape, self.strides, strict=True)
+        ]
         array = mx.array(
             np.array(np.lib.stride_tricks.as_strided(mapped, shape, strides)), self._read_as
         )
@@ -235,6 +245,29 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def size_bytes(tensor: LazyTensor) -> int:
     """Bytes of a tensor's elements."""
     return math.prod(tensor.shape) * tensor.dtype.size
+
+
+def check_shape(shape: Sequence[Any]) -> None:
+    """Refuse a shape from a file that no array has.
+
+    Raises:
+        ValueError: a dimension is not a whole number below 2**31, or there are too many.
+    """
+    if len(shape) > MOST_DIMENSIONS or not all(
+        type(size) is int and 0 <= size < LARGEST_DIMENSION for size in shape
+    ):
+        raise ValueError(f"the shape {str(shape)[:80]}")
+
+
+def check_total(tensors: Iterable[LazyTensor], path: Path) -> None:
+    """Refuse tensors of a file that take far more bytes than the file has, which views can.
+
+    Raises:
+        ValueError: they take more than `LARGEST_EXPANSION` times the bytes of the file.
+    """
+    total, file_bytes = sum(map(size_bytes, tensors)), path.stat().st_size
+    if total > LARGEST_EXPANSION * file_bytes:
+        raise ValueError(f"{total} bytes of tensors in a file of {file_bytes}")
 
 
 def check_fit(expected: Mapping[str, Shaped], actual: Mapping[str, Shaped], source: str) -> None:

@@ -11,8 +11,9 @@ import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
+from graft.console import one_line
 from graft.errors import InputError
 from graft.storage.lazy_tensors import (
     NUMPY_NAMES,
@@ -20,9 +21,11 @@ from graft.storage.lazy_tensors import (
     LazyTensor,
     Output,
     StoredTensor,
+    check_shape,
     contiguous_strides,
 )
-from graft.storage.zip_members import data_offset
+from graft.storage.plain_file import open_plain
+from graft.storage.zip_members import check_members, data_offset
 
 import mlx.core as mx
 import numpy as np
@@ -31,9 +34,6 @@ _DTYPES = {
     np.dtype(name).str[1:]: dtype for dtype, name in NUMPY_NAMES.items() if dtype != mx.bfloat16
 }
 BFLOAT16 = np.dtype("V2")  # how MLX writes it, since NumPy has none
-# Trained numbers hardly compress, a start at zero does. A file that grows more than this when it
-# is read was made to fill the memory.
-LARGEST_RATIO = 64
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -60,15 +60,15 @@ def open_npz(path: Path) -> dict[str, LazyTensor]:
     Raises:
         InputError: the file is missing, truncated or not an npz file.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return {_name(info): _opened(path, archive, file, info) for info in archive.infolist()}
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is truncated or not an npz file ({error}); fetch it again"
-        ) from error
+    with open_plain(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = check_members(archive, path)
+                return {_name(info): _opened(path, archive, file, info) for info in members}
+        except Exception as error:  # zipfile, NumPy and its parser of headers fail in many ways
+            raise InputError(
+                f"{path} is truncated or not an npz file ({one_line(error)}); fetch it again"
+            ) from error
 
 
 def load_npz(path: Path) -> dict[str, mx.array]:
@@ -82,11 +82,7 @@ def load_npz(path: Path) -> dict[str, mx.array]:
             `InputError`.
     """
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        content_bytes, file_bytes = sum(m.file_size for m in members), path.stat().st_size
-        if content_bytes > LARGEST_RATIO * file_bytes:
-            raise ValueError(f"{content_bytes} bytes in a file of {file_bytes}")
-        return {_name(info): _loaded(archive, info) for info in members}
+        return {_name(info): _loaded(archive, info) for info in check_members(archive, path)}
 
 
 class _Header(NamedTuple):
@@ -110,6 +106,7 @@ def _read_header(member: IO[bytes], info: zipfile.ZipInfo) -> _Header:
     shape, columns_first, dtype = _HEADER_READERS[version](member)
     if dtype.hasobject or dtype.byteorder == ">":
         raise ValueError(f"{info.filename} holds {dtype}, not little-endian numbers")
+    check_shape(shape)
     expected, actual = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
     if expected != actual:
         raise ValueError(f"{info.filename} is {dtype} in shape {shape} and has {actual} bytes")
@@ -121,7 +118,7 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 
 def _opened(
-    path: Path, archive: zipfile.ZipFile, file: io.BufferedReader, info: zipfile.ZipInfo
+    path: Path, archive: zipfile.ZipFile, file: BinaryIO, info: zipfile.ZipInfo
 ) -> LazyTensor:
     if info.compress_type != zipfile.ZIP_STORED:
         return ComputedTensor(_loaded(archive, info))

@@ -8,13 +8,23 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graft.console import one_line
 from graft.errors import InputError
-from graft.storage.lazy_tensors import Output, StoredTensor, contiguous_strides
+from graft.storage.json_file import parse_json
+from graft.storage.lazy_tensors import (
+    Output,
+    StoredTensor,
+    check_shape,
+    contiguous_strides,
+    size_bytes,
+)
+from graft.storage.plain_file import open_plain
 
 import mlx.core as mx
 
@@ -74,30 +84,34 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: the file is missing, truncated or not a safetensors file.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    with open_plain(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
                 raise ValueError(f"header to byte {8 + length}, file of {size} bytes")
-            header = json.loads(file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _located(path, 8 + length, entry, size) for name, entry in entries.items()}
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}); fetch it again"
-        ) from error
+            header = parse_json(file.read(length).decode())
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors = {
+                name: _located(path, 8 + length, entry, size) for name, entry in entries.items()
+            }
+            if (total := sum(map(size_bytes, tensors.values()))) > size:
+                raise ValueError(f"{total} bytes of tensors in a file of {size}")
+            return tensors
+        except Exception as error:  # a header can be any JSON
+            raise InputError(
+                f"{path} is truncated or not a safetensors file ({one_line(error)}); fetch it again"
+            ) from error
 
 
 def _located(path: Path, data_start: int, entry: dict[str, Any], file_bytes: int) -> StoredTensor:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
+    if not isinstance(start, int) or not isinstance(stop, int):
+        raise ValueError("offsets that are not whole numbers")
     if not 0 <= start <= stop <= file_bytes - data_start:
         raise ValueError(f"data to byte {data_start + stop}, file of {file_bytes} bytes")
-    if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.size:
+    check_shape(shape)
+    if stop - start != math.prod(shape) * dtype.size:
         raise ValueError(f"{stop - start} bytes for shape {list(shape)} of {entry['dtype']}")
     return StoredTensor(path, data_start + start, dtype, shape, contiguous_strides(shape))

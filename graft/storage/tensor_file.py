@@ -11,6 +11,7 @@ from pathlib import Path
 from graft.errors import InputError, first_line
 from graft.storage.lazy_tensors import LazyTensor, read, size_bytes
 from graft.storage.npz import load_npz
+from graft.storage.plain_file import open_plain
 from graft.storage.safetensors import load_safetensors, open_safetensors
 from graft.storage.torch_file import open_torch_file
 
@@ -46,7 +47,7 @@ def read_weight_file(path: Path) -> dict[str, mx.array]:
 
 def _read(path: Path, *, lazily: bool) -> dict[str, mx.array]:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             start = file.read(2)
         if start != b"PK":
             stored = open_safetensors(path)
@@ -54,9 +55,9 @@ def _read(path: Path, *, lazily: bool) -> dict[str, mx.array]:
         if _is_torch(path):
             return _read_stored(path, open_torch_file(path))
         return load_npz(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
     except InputError as error:
+        if str(error).startswith(("cannot read", f"{path} is missing")):
+            raise
         reason = str(error).removeprefix(f"{path} is ")
         raise InputError(f"{path} is damaged or incomplete: {reason}") from error
     except OSError as error:

@@ -9,17 +9,19 @@ Format: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
 """
 
 import io
+import itertools
 import pickle
 import tarfile
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from graft.console import one_line
 from graft.errors import InputError
-from graft.storage.lazy_tensors import StoredTensor
-from graft.storage.zip_members import data_offset
+from graft.storage.lazy_tensors import StoredTensor, check_total
+from graft.storage.plain_file import open_plain
+from graft.storage.zip_members import check_members, data_offset
 
 import mlx.core as mx
 
@@ -70,12 +72,16 @@ def open_torch_file(path: Path | str) -> dict[str, StoredTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+    except InputError:
+        raise
+    except Exception as error:  # zipfile fails in many ways
+        raise InputError(
+            f"{path} is truncated or damaged ({one_line(error)}); fetch it again"
+        ) from error
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
-    members = {info.filename: info for info in archive.infolist()}
+    members = {info.filename: info for info in check_members(archive, path)}
     root = _root_folder(path, members)
     if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
         raise InputError(f"{path} was zipped again, compressed; fetch the original")
@@ -87,24 +93,23 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTenso
         )
     content = _unpickle(path, archive.read(f"{root}data.pkl"))
     views = _views_by_name(path, content)
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         starts = {
             name.removeprefix(f"{root}data/"): (data_offset(file, info), info.file_size)
             for name, info in members.items()
             if name.startswith(f"{root}data/")
         }
-    return {name: _located(path, name, view, starts) for name, view in views.items()}
+    tensors = {name: _located(path, name, view, starts) for name, view in views.items()}
+    # Views may overlap, as tied weights do, and repeat a number any number of times.
+    check_total(tensors.values(), path)
+    return tensors
 
 
 def _refuse_other_formats(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LEGACY_START))
-        is_tar = tarfile.is_tarfile(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with open_plain(path) as file:
+        start = file.read(len(_LEGACY_START))
+        file.seek(0)
+        is_tar = start[:2] != b"PK" and tarfile.is_tarfile(file)
     if start == _LEGACY_START or is_tar:
         kind = "tar format (before 0.2)" if is_tar else "legacy format (before 1.6)"
         raise InputError(f"{path} is in PyTorch's {kind}, not its zip format; {SAVE_AGAIN}")
@@ -132,21 +137,63 @@ def _unpickle(path: Path, pickled: bytes) -> Any:
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{path} is damaged: data.pkl cannot be read ({error})") from error
+        unknown = isinstance(error, KeyError)
+        reason = "it does what tensors do not need" if unknown else one_line(error)[:200]
+        raise InputError(f"{path} is damaged: data.pkl cannot be read ({reason})") from error
 
 
-class _AllowListUnpickler(pickle.Unpickler):
-    """Resolves the names of views, storages and OrderedDict only."""
+class _Entries(dict[Any, Any]):
+    """A dictionary by name or number.
+
+    A tuple as a key would be hashed: one that holds itself twice, 60 levels deep, takes forever.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int | float):
+            raise ValueError(f"a {type(key).__name__} is the key of a dictionary")
+        super().__setitem__(key, value)
+
+
+# The unpickler in C would fill its memo up to any index that the pickle names, and hash any key.
+class _AllowListUnpickler(pickle._Unpickler):
+    """Makes dictionaries, lists, tuples, texts and numbers, and calls what `find_class` allows."""
+
+    append: Callable[[Any], None]
+    stack: list[Any]
 
     def __init__(self, path: Path, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled))
         self._path = path
 
+    def _load_empty_dictionary(self) -> None:
+        self.append(_Entries())
+
+    def _load_build(self) -> None:
+        """Leave out the attributes of a dictionary, such as the versions in a state_dict."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Entries):
+            raise ValueError("attributes of something that has none")
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
+        for opcode in (
+            *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
+            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT, pickle.LONG1),
+            *(pickle.LONG, pickle.BININT, pickle.BININT1, pickle.BININT2),
+            *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+            *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+            *(pickle.MEMOIZE, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
+            *(pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
+            *(pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.STACK_GLOBAL),
+            *(pickle.BINPERSID, pickle.REDUCE),
+        )
+    } | {pickle.EMPTY_DICT[0]: _load_empty_dictionary, pickle.BUILD[0]: _load_build}
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
         allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): _Entries,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         }
@@ -160,14 +207,16 @@ class _AllowListUnpickler(pickle.Unpickler):
     def persistent_load(self, identity: Any) -> _Storage:
         kind, dtype, key, _, elements = identity
         if kind != "storage" or not isinstance(dtype, mx.Dtype):
-            raise ValueError(f"unknown storage {identity!r}")
-        return _Storage(str(key), dtype, int(elements))
+            raise ValueError("a storage of an unknown kind")
+        if not isinstance(key, str | int) or not isinstance(elements, int):
+            raise ValueError("a storage without a key or a size")
+        return _Storage(str(key), dtype, elements)
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _View:
     # rest: requires_grad, backward_hooks and, for a conjugated or negated view, a dictionary.
     if len(rest) > 2 and rest[2]:
-        raise ValueError(f"unsupported view {rest[2]!r}")
+        raise ValueError("a conjugated or negated view")
     return _View(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -182,7 +231,7 @@ def _views_by_name(path: Path, content: Any) -> dict[str, _View]:
         )
     views = {str(name): value for name, value in content.items() if isinstance(value, _View)}
     if not views:
-        keys = ", ".join(str(key) for key in content) or "none"
+        keys = ", ".join(str(key)[:60] for key in itertools.islice(content, 20)) or "none"
         raise InputError(
             f"{path} holds no tensors by name (its keys: {keys}); save the state_dict() alone"
         )

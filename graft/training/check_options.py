@@ -41,8 +41,6 @@ def check_training_options(options: Options) -> None:
         raise InputError("--val-batches and --test-batches: give 1 or more, or -1 for all")
     if options.epochs is not None and (options.iters is not None or not options.epochs):
         raise InputError(f"--epochs {options.epochs}: give more than 0, and not --iters with it")
-    if options.seed >= 2**32:
-        raise InputError(f"--seed {options.seed}: give at most {2**32 - 1}")
     _check_budget(options)
 
 

@@ -28,6 +28,7 @@ NO_ADAPTER = "none"
 DEFAULT_ADAPTER = "adapters/adapters.npz"
 DEFAULT_ITERS = 1000
 DEFAULT_ALPHA = 16.0
+LARGEST_NUMBER = 2**32 - 1  # the largest seed
 
 
 def option(
@@ -475,7 +476,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
         return value, None
     if kind is float and type(value) in (int, str):
         # YAML 1.1 reads 1e-5 as a string; it wants 1.0e-5.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if value is False and "off" in (field.metadata["choices"] or ()):
         value = "off"  # YAML 1.1 reads off as false.
@@ -490,6 +491,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
         return value, f"{given}: give at least 1, or -1 for all"
     if isinstance(value, float) and not math.isfinite(value):
         return value, f"{given}: give a number"
+    if isinstance(value, int) and value > LARGEST_NUMBER:
+        return value, f"{given}: give at most {LARGEST_NUMBER}"
     if least is not None and not value >= least:
         return value, f"{given}: give at least {least}"
     return value, None

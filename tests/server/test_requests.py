@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from graft.server.errors import HttpError
-from graft.server.requests import GenerationRequest, parse_chat, parse_completion, parse_json
+from graft.server.requests import GenerationRequest, parse_body, parse_chat, parse_completion
 
 import pytest
 
@@ -35,7 +35,7 @@ def refusal(parse: Any, body: Any) -> HttpError:
     ids=["nothing", "cut", "bytes", "nan", "infinity", "digits", "depth"],
 )
 def test_what_is_no_json_is_refused(body: bytes) -> None:
-    error = refusal(parse_json, body)
+    error = refusal(parse_body, body)
     assert error.code == "invalid_json"
     assert error.message.startswith("the body is not valid JSON: ")
 

@@ -127,6 +127,43 @@ def test_a_pickle_cannot_change_what_a_view_points_at(tmp_path: Path) -> None:
     assert "data.pkl cannot be read" in refused(path)
 
 
+# A tuple that holds itself twice, 60 levels deep: 2**60 to hash or to print.
+NESTED = b"K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 60
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        torch_zip.dictionary(NESTED + b"K\x02"),
+        torch_zip.dictionary(NESTED + torch_zip.entry("w", b"")),
+        torch_zip.dictionary(torch_zip.entry("w", NESTED + b"Q")),
+        b"\x80\x04\x8f(" + NESTED + b"\x90.",  # a set
+        b"\x80\x02" + NESTED + b".",
+        b"\x80\x02ccollections\nOrderedDict\n]" + NESTED + b"K\x02\x86a\x85R.",
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # the memo's last index
+        b"\x80\x05\x96" + b"\xff" * 6 + b"\x00\x00.",  # a bytearray of 2**48 bytes
+        b"\x80\x02" + b"(" * 100_000 + b".",
+    ],
+    ids=["key", "name", "storage", "set", "root", "dict", "memo", "bytes", "marks"],
+)
+def test_a_pickle_does_not_decide_how_long_it_takes(tmp_path: Path, pickled: bytes) -> None:
+    refused(torch_zip.write(tmp_path / "c.pth", pickled, {}))
+
+
+def test_a_view_that_repeats_a_number_too_often_is_refused(tmp_path: Path) -> None:
+    path = one_view(tmp_path / "c.pth", shape=(2**30, 2**30), strides=(0, 0))
+    assert "bytes of tensors in a file of" in refused(path)
+    assert "the shape" in refused(one_view(tmp_path / "c.pth", shape=(2**31, 0), strides=(1, 1)))
+
+
+def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = torch_zip.save(tmp_path / "c.pth", {"w": np.zeros(1000, np.float32)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.filelist += [archive.getinfo("archive/data/0")] * 100
+        archive._didModify = True  # type: ignore[attr-defined]
+    assert "bytes in a file of" in refused(path)
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [

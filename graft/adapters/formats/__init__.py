@@ -14,6 +14,7 @@ from typing import Any
 from graft.adapters.adapter import Adapter
 from graft.errors import InputError
 from graft.storage.json_file import read_json_file
+from graft.storage.plain_file import open_plain
 
 RECORD_NAME = "adapter_config.json"
 
@@ -134,11 +135,8 @@ def detect_format(path: Path) -> Format:
     Raises:
         InputError: it has no format that Graft knows.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with open_plain(path) as file:
+        start = file.read(4)
     for format in FORMATS.values():
         if format.magic and start.startswith(format.magic):
             return format

@@ -17,6 +17,7 @@ from graft.adapters.layer_kinds import LINEAR
 from graft.errors import InputError, first_line
 from graft.pretrained.architectures import INTERLEAVED
 from graft.pretrained.meta import path_from_meta
+from graft.storage.plain_file import read_plain_bytes
 
 import mlx.core as mx
 import numpy as np
@@ -33,13 +34,13 @@ def read_ggla(path: Path) -> Adapter:
         InputError: the file is damaged, of another version or not an adapter.
     """
     try:
-        content = memoryview(path.read_bytes())
+        content = memoryview(read_plain_bytes(path))
         magic, version, rank, alpha = struct.unpack("<IIii", content[:16])
         if struct.pack("<I", magic) != _MAGIC or version != 1 or rank < 1:
             raise ValueError(f"magic {magic:#x}, version {version}, rank {rank}")
         tensors = _read_tensors(content)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except InputError:
+        raise
     except Exception as error:  # a fuzzed file finds every branch
         raise InputError(f"{path} is damaged or incomplete: {first_line(error)}") from error
     pairs, unknown = paired(tensors, _SUFFIXES)
