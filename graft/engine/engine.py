@@ -28,6 +28,7 @@ from graft.engine.stats import EngineStats, RequestCounts
 from graft.engine.streams import Completion, Continuation, Stream
 from graft.errors import InputError
 from graft.pretrained.tokenizer import Tokenizer
+from graft.pretrained.vocabulary import vocabulary_rows
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,7 +93,7 @@ class Engine:
         self._max_queue = max_queue
         self._max_rows = _possible_rows(model, self._bank, max_rows)
         self._context: int | None = getattr(args, "max_position_embeddings", None)
-        self._vocabulary: int | None = getattr(args, "vocab_size", None)
+        self._vocabulary = vocabulary_rows(model)
         self._max_prompt = max_prompt_tokens or self._context
         self._has_attached_adapter = bool(lora_layers(model))
         self.bank_bytes = 0 if self._has_attached_adapter else self._bank.bank_bytes
@@ -239,9 +240,8 @@ class Engine:
         sampling = Sampling(max_tokens, temperature, top_p, seed, stop, logprobs, echo)
         sampling.check()
         check_scales(adapters)
-        ids = (
-            self.encode(prompt) if isinstance(prompt, str) else check_ids(prompt, self._vocabulary)
-        )
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = check_ids(ids, self._vocabulary)
         self._check_length(ids)
         if self._context is not None:
             room = max(self._context - len(ids), 1)

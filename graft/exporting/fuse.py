@@ -22,6 +22,7 @@ from graft.errors import InputError, RunError
 from graft.exporting.fused_model import WEIGHTS, Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
+from graft.pretrained.vocabulary import check_token_ids
 from graft.quantization.bit_allocation import BitAllocator
 from graft.quantization.divergence import Comparison, Sample, compare, take_sample
 from graft.storage.atomic import check_free, new_folder
@@ -105,6 +106,7 @@ def _fuse_and_check(
     model, tokenizer, config = load_model(fusion.model)
     trained_on = fusion.adapter.options.get("data")
     examples, calibration = sample_text(tokenizer, config, named=check_data, trained_on=trained_on)
+    check_token_ids(model, (example.tokens for example in [*examples, *calibration]))
     apply_adapter(model, fusion.adapter, name=fusion.name)
     model.eval()
     limit = MAX_KL if max_kl is None else max_kl

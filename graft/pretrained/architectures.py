@@ -135,7 +135,10 @@ def architecture_of(module: object) -> Architecture:
 # ---- names of layers -------------------------------------------------------------------------
 
 # The last part of an embedding's path.
-EMBEDDING_NAMES = ("embed_tokens", "tok_embeddings", "wte", "embed_in", "word_embeddings")
+EMBEDDING_NAMES = (
+    *("embed_tokens", "tok_embeddings", "wte", "embed_in", "word_embeddings"),
+    *("embed", "embedding", "embeddings", "token_embeddings"),
+)
 
 # mlx-lm's types of layers that hold a matrix for each expert.
 EXPERT_LAYERS = (

@@ -12,6 +12,7 @@ from graft.pretrained.folder import find_folder, read_folder
 from graft.pretrained.foreign_quantization import is_foreign, load_foreign
 from graft.pretrained.mlx_names import parameters_of, sanitized
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
+from graft.pretrained.vocabulary import check_tokenizer
 from graft.runtime import cpu
 from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import check_fit
@@ -30,12 +31,14 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
         The model in evaluation mode, its tokenizer and its configuration.
 
     Raises:
-        InputError: there is no such model, or it cannot be read.
+        InputError: there is no such model, it cannot be read, or its tokenizer is of another model.
     """
     folder = find_folder(name)
     model, config = read_model(folder)
     model.loaded_from = None if name is None else str(name)
-    return model, load_tokenizer(folder, config.get("eos_token_id")), config
+    tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
+    check_tokenizer(model, tokenizer, folder)
+    return model, tokenizer, config
 
 
 def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from graft.data.batches import group_rows, sample_rows
 from graft.data.collate import collate
 from graft.data.examples import Split
+from graft.pretrained.vocabulary import check_token_ids
 from graft.runtime.prefetch import prefetch
 from graft.runtime.workers import Workers, in_groups
 from graft.training.objectives import BatchArrays, Objective, get_objective
@@ -67,11 +68,15 @@ def evaluate_split(
         rows_at_a_time: rows in each of them; by default a batch.
         losses: computes them, as `graft.training.step.UpdateStep.losses` does; by default in new
             worker processes.
+
+    Raises:
+        InputError: rows have token ids that the model's embedding has no row for.
     """
     start = time.perf_counter()
     model.eval()
     rows = len(split) if num_batches == -1 else num_batches * batch_size
     examples = sample_rows(split.examples, rows, seed=seed)
+    check_token_ids(model, (row.tokens for row in examples if row.states is None))
     groups = in_groups(group_rows(examples, rows_at_a_time or batch_size), workers)
     compute = mean_loss(objective or get_objective("sft"))
     total, tokens = 0.0, 0

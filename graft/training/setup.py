@@ -19,6 +19,7 @@ from graft.models import is_quantized
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import fingerprint, read_model
 from graft.pretrained.tokenizer import Tokenizer
+from graft.pretrained.vocabulary import check_token_ids
 from graft.runtime.workers import choose_workers
 from graft.training.activation_cache import cache_activations
 from graft.training.checkpoints import Checkpoint
@@ -216,8 +217,10 @@ def make_run(
 
     Raises:
         InputError: the checkpoint is of another model or other data, an unfinished run is in the
-            way, or the options do not fit the model.
+            way, or rows or options do not fit the model.
     """
+    for name in TRAINING_SPLITS:
+        check_token_ids(model, (example.tokens for example in splits[name].examples))
     folder = RunFolder(options)
     fingerprints: dict[str, Any] = {"model": fingerprint(model)}
     fingerprints["data"] = {name: splits[name].fingerprint for name in TRAINING_SPLITS}
