@@ -12,7 +12,7 @@ from graft.adapters.layer_config import LayerConfig, config_of
 from graft.adapters.methods import METHODS
 from graft.adapters.rotary import REORDERINGS
 from graft.errors import InputError
-from graft.pretrained.base_config import BaseConfig
+from graft.pretrained.base_config import head_count, rotary_order
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,8 +107,11 @@ def in_order_of(model: nn.Module, adapter: Adapter) -> Adapter:
         InputError: layers that cannot be reordered; all of them named.
     """
     config = getattr(getattr(model, "args", None), "__dict__", {})
-    base = BaseConfig(adapter.base_model, config)
-    return reordered(adapter, base.rotary, base.heads)
+    return reordered(
+        adapter,
+        rotary_order(model),
+        lambda path: head_count(config, path, adapter.base_model or "the model"),
+    )
 
 
 def reordered(adapter: Adapter, rotary: str, heads: Callable[[str], int | None]) -> Adapter:

@@ -13,7 +13,8 @@ from graft.adapters.layer_kinds import EMBEDDING, EXPERTS, LINEAR, VECTOR
 from graft.errors import InputError
 from graft.exporting.merge import decompose
 from graft.models import dense_weight, weight_shape, with_arrays
-from graft.pretrained.architectures import holds_experts, is_embedding, rotary_order
+from graft.pretrained.architectures import holds_experts, is_embedding
+from graft.pretrained.base_config import rotary_order
 from graft.pretrained.folder import find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
 from graft.pretrained.module_paths import natural_key
@@ -133,7 +134,7 @@ def _check_same_architecture(first: BaseFiles, second: BaseFiles) -> None:
             f"{first.folder} and {second.folder} are not of one architecture: "
             f"{', '.join(sorted(differing, key=natural_key))} differ"
         )
-    orders = [rotary_order(base.config) for base in (first, second)]
+    orders = [rotary_order(base.model) for base in (first, second)]
     if orders[0] != orders[1]:
         raise InputError(
             f"q and k are {orders[0]} in {first.folder} and {orders[1]} in {second.folder} "

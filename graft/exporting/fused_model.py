@@ -21,7 +21,7 @@ from graft.adapters.rotary import to_halves
 from graft.errors import InputError
 from graft.models import dense_layer, is_quantized, with_arrays
 from graft.pretrained.architectures import INTERLEAVED
-from graft.pretrained.base_config import BaseConfig
+from graft.pretrained.base_config import head_count, is_tied, rotary_order
 from graft.pretrained.companions import copy_companions
 from graft.pretrained.folder import EMBEDDED_MODEL, find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
@@ -84,8 +84,7 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
 
 def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]]:
     """The fused model's configuration, and its tensors, which are computed as they are written."""
-    facts = BaseConfig(fusion.model, base.config)
-    halves = fusion.dequantize and facts.rotary == INTERLEAVED
+    halves = fusion.dequantize and rotary_order(base.model) == INTERLEAVED
     config = dict(base.config)
     layers = dict(base.model.named_modules())
     adapted = dict(lora_layers(base.model))
@@ -97,7 +96,7 @@ def _plan(fusion: Fusion, base: BaseFiles) -> tuple[dict[str, Any], list[Output]
         target = _target(fusion, path, module)
         if target is not None:
             quantized[path] = target
-        heads = facts.heads(path) if halves else None
+        heads = head_count(base.config, path, str(base.folder)) if halves else None
         prepared = fusion.prepared.get(path)
         outputs += _Layer(base, path, module, layer, target, heads, prepared).outputs()
     config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
@@ -227,7 +226,7 @@ def _over(base: nn.Module, layer: Any) -> Any:
 
 
 def _refuse_input_embeddings(base: BaseFiles) -> None:
-    tied = BaseConfig(None, base.config).tied
+    tied = is_tied(base.model)
     inputs = (EMBEDDING_INPUT.name, EMBEDDING_COLUMNS.name)
     paths = [path for path, layer in lora_layers(base.model) if layer.kind in inputs]
     if tied and paths:

@@ -8,12 +8,12 @@ adapter, no file.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 # ---- architectures ---------------------------------------------------------------------------
 
-# The order of the rows of q and k for rotary embeddings: the first half of a head is rotated
-# against the second (transformers), or neighbors against each other (Meta, llama.cpp).
+# The order of the rows of q and k for rotary embeddings: as in transformers' checkpoints, which
+# mostly rotate the first half of a head against the second, or with neighbors next to each other,
+# as Meta and llama.cpp have it for some of the same models.
 HALVES = "halves"
 INTERLEAVED = "interleaved"
 
@@ -65,14 +65,11 @@ class Architecture:
     """The quirks of one architecture.
 
     Attributes:
-        tied_by_default: whether the output shares the embedding's weight if config.json does not
-            say so.
         fused_parts: how often q, k and v recur in a fused projection: `ONCE`, `PER_HEAD` or
             `PER_KEY_VALUE_HEAD`.
         llama_cpp: names in GGUF files, or `None` if Graft does not know them.
     """
 
-    tied_by_default: bool = False
     fused_parts: str = ONCE
     llama_cpp: LlamaCppNames | None = None
 
@@ -82,12 +79,8 @@ _LLAMA = LlamaCppNames("llama", interleaves=True)
 
 # By mlx-lm's name, which is `model_type` in config.json and the name of its module.
 ARCHITECTURES: dict[str, Architecture] = {
-    "gemma": Architecture(tied_by_default=True, llama_cpp=LlamaCppNames("gemma")),
-    "gemma2": Architecture(tied_by_default=True, llama_cpp=LlamaCppNames("gemma2")),
-    **dict.fromkeys(
-        ("gemma3", "gemma3_text", "gemma3n", "gemma4", "gemma4_text"),
-        Architecture(tied_by_default=True),
-    ),
+    "gemma": Architecture(llama_cpp=LlamaCppNames("gemma")),
+    "gemma2": Architecture(llama_cpp=LlamaCppNames("gemma2")),
     "gpt_neox": Architecture(fused_parts=PER_HEAD),
     "granite": Architecture(llama_cpp=LlamaCppNames("granite", interleaves=True)),
     "internlm2": Architecture(fused_parts=PER_KEY_VALUE_HEAD),
@@ -184,8 +177,3 @@ def is_embedding(path: str) -> bool:
 def holds_experts(path: str) -> bool:
     """Whether the layer at a path holds a matrix for each expert, by the names in its path."""
     return "switch" in path or "experts" in path
-
-
-def rotary_order(config: Mapping[str, Any]) -> str:
-    """The order of the rows of q and k in a model of this configuration."""
-    return INTERLEAVED if config.get("rope_traditional") else HALVES

@@ -6,14 +6,11 @@ import pkgutil
 from graft.pretrained.architectures import (
     ARCHITECTURES,
     EXPERT_LAYERS,
-    HALVES,
-    INTERLEAVED,
     ONCE,
     architecture_of,
     find_architecture,
     holds_experts,
     is_embedding,
-    rotary_order,
 )
 
 import mlx.nn as nn
@@ -29,14 +26,9 @@ def test_every_name_is_a_module_of_mlx_lm(name: str) -> None:
     assert name in IN_MLX_LM or name == "mistral"
 
 
-def test_the_output_of_every_gemma_is_tied_by_default() -> None:
-    gemmas = {name for name in IN_MLX_LM if name.startswith("gemma")}
-    assert gemmas == {name for name, quirks in ARCHITECTURES.items() if quirks.tied_by_default}
-
-
 def test_an_architecture_without_quirks_needs_no_entry() -> None:
     quirks = find_architecture("no such architecture")
-    assert (quirks.tied_by_default, quirks.fused_parts, quirks.llama_cpp) == (False, ONCE, None)
+    assert (quirks.fused_parts, quirks.llama_cpp) == (ONCE, None)
 
 
 def test_a_layer_tells_its_architecture_only_from_mlx_lm() -> None:
@@ -66,8 +58,3 @@ def test_what_a_name_tells_of_a_layer() -> None:
     assert not is_embedding("model.embed_tokens.proj")
     assert holds_experts("model.layers.0.mlp.switch_mlp.up_proj")
     assert not holds_experts("model.layers.0.mlp.up_proj")
-
-
-def test_the_order_of_rotary_rows_comes_from_the_configuration() -> None:
-    assert rotary_order({}) == HALVES
-    assert rotary_order({"rope_traditional": True}) == INTERLEAVED
