@@ -188,7 +188,7 @@ def run_training(
     run = make_run(model, splits, options, checkpoint)
     run.log.say(start_message(run))
     with Interrupts() as interrupts, run.log, frozen_gc():
-        run.folder.save_options(options)
+        run.folder.save_options(run.options)
         with closing(run.update):
             train_steps(run, interrupts)
         traces, needed = run.update.traces
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, test and generate, in this order, whichever is asked for."""
     arguments = sys.argv[1:] if argv is None else argv
     options, checkpoint = resolve_options(parse_options(build_parser(), arguments))
-    check_options(options)
+    check_options(options, resumes=checkpoint is not None)
     if options.train and options.restarts and not is_supervised():
         return supervise_run(options, arguments)
     model, tokenizer, config = load_model(options.model)

@@ -103,7 +103,7 @@ def train(
     given |= {"adapter_file": str(adapter_file), "model": name}
     _check_adapter_options(model, options)
     settings, checkpoint = resolve_options(given)
-    check_options(settings)
+    check_options(settings, resumes=checkpoint is not None)
     _check_whole(model)
     splits = load_data(settings, tokenizer, context=context_length(model))
     run, status = run_training(model, splits, settings, checkpoint)

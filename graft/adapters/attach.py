@@ -10,6 +10,7 @@ from graft.adapters.layer_config import LayerConfig, config_problems, resolve_ki
 from graft.adapters.methods import METHODS, make_layer
 from graft.errors import InputError
 from graft.models import LoRALayer
+from graft.pretrained.mlx_names import parameters_of
 from graft.pretrained.module_paths import natural_key
 
 import mlx.core as mx
@@ -84,6 +85,17 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The LoRA layers of a model with their paths, in the model's order."""
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALayer)]
     return sorted(layers, key=lambda item: natural_key(item[0]))
+
+
+def base_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a model without its adapter, by the names they have without it."""
+    parameters = parameters_of(model)
+    for path, layer in lora_layers(model):
+        for name in [name for name in parameters if name.startswith(f"{path}.")]:
+            array, inside = parameters.pop(name), name.removeprefix(f"{path}.")
+            if inside not in layer:
+                parameters[f"{path}.{inside.removeprefix('linear.')}"] = array
+    return parameters
 
 
 def merge_all(model: nn.Module) -> int:

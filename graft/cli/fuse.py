@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from graft.adapters.formats import detect_format
 from graft.cli.command import Parser, command
 from graft.cli.publishing import (
     ADAPTER_HELP,
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.adapter is None) == (args.adapter_file is None):
         raise InputError("name one adapter; --help lists all options")
     source, adapter = open_adapter(args.adapter or args.adapter_file, args)
+    nameless = args.model is None and adapter.base_model is None
+    if nameless and not detect_format(source).embedded_by_default:
+        raise InputError(f"{source} records no base model; name it with --model")
     result = fuse(
         adapter,
         out,

@@ -13,8 +13,12 @@ from graft.training.memory_plan import parse_budget
 from graft.training.options import DEFAULT_ADAPTER, NO_ADAPTER, Options
 
 
-def check_options(options: Options) -> None:
+def check_options(options: Options, *, resumes: bool = False) -> None:
     """Refuse what cannot work.
+
+    Args:
+        options: all of them.
+        resumes: whether a checkpoint is continued, which holds what the run started from.
 
     Raises:
         InputError: the options contradict each other.
@@ -26,7 +30,7 @@ def check_options(options: Options) -> None:
     check_training_options(options)
     if options.train or options.test:
         check_data_name(options.data)
-    _check_adapter_files(options)
+    _check_adapter_files(options, resumes=resumes)
 
 
 def check_training_options(options: Options) -> None:
@@ -55,7 +59,7 @@ def _check_budget(options: Options) -> None:
         raise InputError(f"--memory-budget {text}: this machine has {most}; give at most that")
 
 
-def _check_adapter_files(options: Options) -> None:
+def _check_adapter_files(options: Options, *, resumes: bool) -> None:
     path = Path(options.adapter_file or DEFAULT_ADAPTER)
     if options.train:
         if options.adapter_file == NO_ADAPTER:
@@ -69,4 +73,5 @@ def _check_adapter_files(options: Options) -> None:
     if options.resume_adapter_file is not None:
         if not options.train:
             raise InputError("--resume-adapter-file is for --train; otherwise use --adapter-file")
-        check_exists(Path(options.resume_adapter_file))
+        if not resumes:
+            check_exists(Path(options.resume_adapter_file))

@@ -27,6 +27,8 @@ CACHE_PLACES = ("auto", "memory", "disk", "off")
 NO_ADAPTER = "none"
 DEFAULT_ADAPTER = "adapters/adapters.npz"
 DEFAULT_ITERS = 1000
+DEFAULT_METHOD = "lora"
+DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16.0
 LARGEST_NUMBER = 2**32 - 1  # the largest seed
 
@@ -142,9 +144,10 @@ class Options:
         "adapt the last N transformer blocks; -1 adapts all (default: 16, or all if fewer)",
         group=ADAPTER,
     )
-    method: str = option(
-        "lora",
-        f"training method: {', '.join(method_names())}",
+    method: str | None = option(
+        None,
+        f"training method: {', '.join(method_names())} (default: {DEFAULT_METHOD}, or that of the "
+        "adapter that is read)",
         group=ADAPTER,
         metavar="METHOD",
     )
@@ -155,7 +158,12 @@ class Options:
         group=ADAPTER,
         metavar="NAMES",
     )
-    rank: int = option(8, "rank of the adapter", group=ADAPTER, at_least=1)
+    rank: int | None = option(
+        None,
+        f"rank of the adapter (default: {DEFAULT_RANK}, or that of the adapter that is read)",
+        group=ADAPTER,
+        at_least=1,
+    )
     alpha: float | None = option(
         None,
         f"the update is scaled by alpha / rank (default: {DEFAULT_ALPHA:g}, or that of the adapter "

@@ -14,6 +14,7 @@ from graft.training.objectives import Objective
 from graft.training.options import Options, record
 from graft.training.progress import Progress
 from graft.training.run_folder import RunFolder
+from graft.training.saved_adapter import constant_arrays, layers_record, restore_constants
 from graft.training.step import UpdateStep
 
 import mlx.nn as nn
@@ -93,11 +94,17 @@ class Run:
             "options": record(self.options),
             "plan": asdict(self.plan),
             "fixed": self.fingerprints,
+            "adapter": layers_record(self.model),
         }
-        self.folder.store.save(self.progress.step, self.update.state(), state)
+        arrays = self.update.state() | constant_arrays(self.model)
+        self.folder.store.save(self.progress.step, arrays, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to where a checkpoint of this run was written."""
-        self.update.restore(checkpoint.arrays)
+        """Go back to where a checkpoint of this run was written.
+
+        Raises:
+            InputError: its arrays are those of another adapter or optimizer.
+        """
+        self.update.restore(restore_constants(self.model, checkpoint.arrays))
         self.batches.restore(checkpoint.state["batches"])
         self.progress = Progress.from_record(checkpoint.state["progress"])

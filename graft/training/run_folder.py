@@ -85,17 +85,20 @@ class RunFolder:
         return checkpoint
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_run(
+    saved: dict[str, Any], now: dict[str, Any], *, former_model: str | None = None
+) -> None:
     """Refuse to continue a run on another model or other data.
 
     Args:
         saved: the fingerprints in the checkpoint.
         now: those of the model and data at hand.
+        former_model: the model's as earlier versions computed it.
 
     Raises:
         InputError: they differ; the message names what differs.
     """
-    different = ["the model"] if saved["model"] != now["model"] else []
+    different = ["the model"] if saved["model"] not in (now["model"], former_model) else []
     different += [f"{n} data" for n, digest in now["data"].items() if saved["data"][n] != digest]
     if different:
         raise InputError(

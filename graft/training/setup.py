@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.adapter import apply_adapter
-from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.attach import attach, base_parameters, count_parameters, lora_layers
 from graft.adapters.files import load_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.methods import METHODS
@@ -17,7 +17,8 @@ from graft.data.examples import Split, describe_split, load_splits
 from graft.errors import InputError
 from graft.models import is_quantized
 from graft.pretrained.folder import find_folder
-from graft.pretrained.load import fingerprint, read_model
+from graft.pretrained.load import fingerprint, former_fingerprint, read_model
+from graft.pretrained.mlx_names import parameters_of
 from graft.pretrained.tokenizer import Tokenizer
 from graft.pretrained.vocabulary import check_token_ids
 from graft.runtime.workers import choose_workers
@@ -33,8 +34,11 @@ from graft.training.options import (
     DEFAULT_ADAPTER,
     DEFAULT_ALPHA,
     DEFAULT_ITERS,
+    DEFAULT_METHOD,
+    DEFAULT_RANK,
     NO_ADAPTER,
     Options,
+    flag,
     from_mapping,
     options_for_resume,
     record,
@@ -44,12 +48,21 @@ from graft.training.progress import Progress
 from graft.training.reporters import REPORTERS
 from graft.training.run import Run
 from graft.training.run_folder import RunFolder, check_same_run
+from graft.training.saved_adapter import attach_saved
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
 TRAINING_SPLITS = ("train", "valid")
+# The options of how a layer is adapted, with the field of `LayerConfig` that they set.
+_LAYER_OPTIONS = {
+    "method": "method",
+    "rank": "rank",
+    "alpha": "alpha",
+    "rank_pattern": "rank",
+    "alpha_pattern": "alpha",
+}
 
 
 def resolve_options(given: Mapping[str, Any]) -> tuple[Options, Checkpoint | None]:
@@ -97,20 +110,29 @@ def load_data(options: Options, tokenizer: Tokenizer, *, context: int | None) ->
     return splits
 
 
-def start_adapter(model: nn.Module, options: Options) -> dict[str, Any]:
-    """Attach the adapter to be trained: a new one, or that of `--resume-adapter-file`.
+def start_adapter(
+    model: nn.Module, options: Options, checkpoint: Checkpoint | None = None
+) -> tuple[Options, dict[str, Any]]:
+    """Attach the adapter to be trained: a checkpoint's, `--resume-adapter-file`'s or a new one.
 
-    A model that has an adapter already keeps it.
+    A model that has an adapter already keeps it, unless a run is resumed.
 
     Returns:
-        What its file records, as keyword arguments of `save_adapter`.
+        The options with the method and rank of a new adapter, and what the adapter's file records,
+        as keyword arguments of `save_adapter`.
+
+    Raises:
+        InputError: the adapter does not fit the model, or options contradict the adapter.
     """
-    if options.resume_adapter_file is not None:
-        name = options.resume_adapter_file
-        adapter = load_adapter(Path(name), alpha=options.alpha)
-        apply_adapter(model, replace(adapter, dropout=options.dropout), name=name)
-        say(f"starting from {name}, with its layers, ranks and alphas")
+    # Checkpoints of earlier versions do not hold how layers are adapted.
+    saved = checkpoint.state.get("adapter") if checkpoint is not None else None
+    if saved is not None:
+        attach_saved(model, saved, dropout=options.dropout, seed=options.seed)
+    elif options.resume_adapter_file is not None:
+        _attach_from_file(model, options, options.resume_adapter_file, check=checkpoint is None)
     elif not lora_layers(model):
+        method, rank = options.method or DEFAULT_METHOD, options.rank or DEFAULT_RANK
+        options = replace(options, method=method, rank=rank)
         attach_new_adapter(model, options)
     if not options.full_logits:
         use_chunked_loss(model)
@@ -119,8 +141,55 @@ def start_adapter(model: nn.Module, options: Options) -> dict[str, Any]:
         f"adapter: {len(lora_layers(model))} layers, {trained:,} of {total:,} parameters "
         f"trained ({trained / total:.2%})"
     )
-    saved = record(options)
-    return {"base_model": options.model, "dropout": options.dropout, "options": saved}
+    content = {"base_model": options.model, "dropout": options.dropout, "options": record(options)}
+    return options, content
+
+
+def _attach_from_file(model: nn.Module, options: Options, name: str, *, check: bool) -> None:
+    adapter = load_adapter(Path(name), alpha=options.alpha)
+    if check and (problems := contradictions(model, adapter.layers, options)):
+        raise InputError(
+            f"{'; '.join(problems)}: the adapter {name} decides this; leave these options out"
+        )
+    apply_adapter(model, replace(adapter, dropout=options.dropout), name=name)
+    say(f"starting from {name}, with its layers, ranks and alphas")
+
+
+def contradictions(
+    model: nn.Module, layers: Mapping[str, LayerConfig], options: Options
+) -> list[str]:
+    """The options of a new adapter that an existing one does not have.
+
+    Args:
+        model: without an adapter.
+        layers: of the existing adapter.
+        options: those that are not given are `None`.
+    """
+    where = [name for name in ("targets", "lora_layers") if getattr(options, name) is not None]
+    how = [name for name in _LAYER_OPTIONS if getattr(options, name) is not None]
+    if not layers or not (where or how):
+        return []
+    used = {config.method for config in layers.values()}
+    wanted = replace(
+        options,
+        method=options.method or next(name for name in METHODS if name in used),
+        rank=options.rank or min(config.rank for config in layers.values()),
+        targets=options.targets if where else ",".join(layers),
+        lora_layers=options.lora_layers if where else -1,
+    )
+    asked = plan_run(model, wanted)
+    problems = []
+    if where and asked.keys() != layers.keys():
+        named = " and ".join(f"{flag(name)} {getattr(options, name)}" for name in where)
+        problems.append(f"{named} would adapt {len(asked)} layers, other than its {len(layers)}")
+    for name in how:
+        field = _LAYER_OPTIONS[name]
+        pairs = [
+            (getattr(layers[p], field), getattr(asked[p], field)) for p in asked if p in layers
+        ]
+        if has := sorted({str(found) for found, expected in pairs if found != expected}):
+            problems.append(f"{flag(name)} {getattr(options, name)}, but it has {', '.join(has)}")
+    return problems
 
 
 def attach_new_adapter(model: nn.Module, options: Options) -> None:
@@ -149,9 +218,9 @@ def plan_run(model: nn.Module, options: Options) -> dict[str, LayerConfig]:
     return plan(
         model,
         options.targets,
-        rank=options.rank,
+        rank=options.rank or DEFAULT_RANK,
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
-        method=options.method,
+        method=options.method or DEFAULT_METHOD,
         num_layers=options.lora_layers,
         rank_pattern=parse_pattern(options.rank_pattern or "", int, option="--rank-pattern"),
         alpha_pattern=parse_pattern(options.alpha_pattern or "", float, option="--alpha-pattern"),
@@ -222,13 +291,16 @@ def make_run(
     for name in TRAINING_SPLITS:
         check_token_ids(model, (example.tokens for example in splits[name].examples))
     folder = RunFolder(options)
-    fingerprints: dict[str, Any] = {"model": fingerprint(model)}
-    fingerprints["data"] = {name: splits[name].fingerprint for name in TRAINING_SPLITS}
+    fingerprints: dict[str, Any] = {
+        "model": fingerprint(base_parameters(model)),
+        "data": {name: splits[name].fingerprint for name in TRAINING_SPLITS},
+    }
     if checkpoint is None:
         folder.check_no_unfinished_run(force=options.force)
     else:
-        check_same_run(checkpoint.state["fixed"], fingerprints)
-    adapter_record = start_adapter(model, options)
+        former = former_fingerprint(parameters_of(model))
+        check_same_run(checkpoint.state["fixed"], fingerprints, former_model=former)
+    options, adapter_record = start_adapter(model, options, checkpoint)
     optimizer = make_optimizer(options.optimizer, weight_decay=options.weight_decay)
     trial, steps = _prepare(model, splits, options, optimizer, folder, fingerprints["model"])
     plan = trial.choose(checkpoint.state if checkpoint is not None else None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graft.errors import InputError
 from graft.runtime.cpu import CompiledStep
 from graft.runtime.workers import Workers, in_groups
 from graft.training.objectives import BatchArrays, Objective
@@ -152,12 +153,12 @@ class UpdateStep:
         """Put back what `state` returned, or what earlier versions saved (`optimizer.NUMBER`).
 
         Raises:
-            ValueError: names or shapes are those of another adapter or optimizer.
+            InputError: names or shapes are those of another adapter or optimizer.
         """
         numbered = any(re.fullmatch(r"optimizer\.\d+", name) for name in arrays)
         expected = self._numbered_state() if numbered else self.state()
         if {n: a.shape for n, a in expected.items()} != {n: a.shape for n, a in arrays.items()}:
-            raise ValueError("the saved state is that of another adapter or optimizer")
+            raise InputError("the saved state is that of another adapter or optimizer")
         weights = adapter_parameters(self._model)
         if numbered:
             for place, (number, path, _) in enumerate(state_arrays(self._optimizer)):

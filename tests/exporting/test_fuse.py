@@ -30,6 +30,18 @@ FLOAT16_SLOWLY = pytest.mark.parametrize(
 )
 
 
+def test_an_adapter_that_records_no_base_needs_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only in Graft's own record does no name mean the included model."""
+    _, adapter = adapted(write_model(tmp_path / "base", bits=4), size=0.06)
+    mx.savez(str(tmp_path / "adapters.npz"), **adapter.tensors)
+    arguments = [str(tmp_path / "adapters.npz"), "--alpha", "8", "--out", str(tmp_path / "out")]
+    assert fusing.main(arguments) == 2
+    assert "records no base model; name it with --model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(params=[mx.float32, mx.float16], ids=str)
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A quantized model, an adapter of it in a file, and data."""

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "test": False,
     "test_batches": -1,
     "seed": 0,
-    "rank": 8,
+    "rank": None,  # 8, likewise
     "alpha": None,  # 16, but for an adapter that is read and tells its own
     "dropout": 0.0,
     "max_seq_length": 2048,
@@ -185,7 +185,7 @@ def test_a_key_like_no_other_is_told_without_a_guess(tmp_path: Path) -> None:
         ("alpha: big", "alpha: 'big' is a str, expected float"),
         ("model: 5", "model: 5 is a int, expected str"),
         ("prompt: [a]", "prompt: ['a'] is a list, expected str"),
-        ("rank: null", "rank: None is a NoneType, expected int"),
+        ("batch_size: null", "batch_size: None is a NoneType, expected int"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_told_with_the_right_one(

@@ -56,7 +56,7 @@ def test_the_record_of_a_run_has_its_patterns(tmp_path: Path) -> None:
 
     model = make_model(LLAMA)
     options = from_mapping({"targets": "q_proj,model.norm", "rank_pattern": "q_proj=2"})
-    save_adapter(tmp_path / "a.npz", model, **start_adapter(model, options))
+    save_adapter(tmp_path / "a.npz", model, **start_adapter(model, options)[1])
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     assert content["layers"]["model.norm"] == {
         "rank": 1,

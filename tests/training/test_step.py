@@ -6,6 +6,7 @@ from graft.adapters.attach import attach
 from graft.adapters.layer_config import LayerConfig
 from graft.data.batches import TrainingBatches
 from graft.data.examples import Example
+from graft.errors import InputError
 from graft.runtime import cpu as backend
 from graft.training import step as step_module
 from graft.training.objectives.sft import objective as sft
@@ -232,10 +233,10 @@ def test_a_clipped_step_moves_by_its_limit_and_tells_the_norm_before() -> None:
 def test_the_state_of_another_adapter_is_refused() -> None:
     update = make_step(adapted())
     state = update.state()
-    with pytest.raises(ValueError, match="another adapter or optimizer"):
+    with pytest.raises(InputError, match="another adapter or optimizer"):
         make_step(adapted(), "sgd").restore(state)
     state.popitem()
-    with pytest.raises(ValueError, match="another adapter or optimizer"):
+    with pytest.raises(InputError, match="another adapter or optimizer"):
         update.restore(state)
 
 

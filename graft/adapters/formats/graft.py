@@ -95,7 +95,7 @@ def _to_json(adapter: Adapter) -> dict[str, Any]:
         "format": "graft",
         "format_version": FORMAT_VERSION,
         "base_model": adapter.base_model,
-        "layers": {path: _config_to_json(config) for path, config in adapter.layers.items()},
+        "layers": {path: config_to_json(config) for path, config in adapter.layers.items()},
         "dropout": adapter.dropout,
         "options": adapter.options,
         **({} if adapter.rotary is None else {"rotary": adapter.rotary}),
@@ -103,7 +103,8 @@ def _to_json(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _config_to_json(config: LayerConfig) -> dict[str, Any]:
+def config_to_json(config: LayerConfig) -> dict[str, Any]:
+    """A layer as a record holds it."""
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 
@@ -156,7 +157,7 @@ def _from_json(content: Mapping[str, Any], tensors: dict[str, mx.array], path: P
             f"this Graft reads {FORMAT_VERSION}"
         )
     try:
-        layers = {p: _config_from_json(config) for p, config in content["layers"].items()}
+        layers = {p: config_from_json(config) for p, config in content["layers"].items()}
         dropout, rotary = content["dropout"], content.get("rotary")
         if not is_dropout(dropout):
             raise ValueError(f"dropout {dropout!r}")
@@ -168,8 +169,12 @@ def _from_json(content: Mapping[str, Any], tensors: dict[str, mx.array], path: P
         raise InputError(f"{record} is incomplete: {error!r}") from error
 
 
-def _config_from_json(content: Mapping[str, Any]) -> LayerConfig:
-    """A layer of a record; without a method it is LoRA, without a kind the layer's type decides."""
+def config_from_json(content: Mapping[str, Any]) -> LayerConfig:
+    """A layer of a record; without a method it is LoRA, without a kind the layer's type decides.
+
+    Raises:
+        KeyError, TypeError, ValueError: the record is incomplete or wrong.
+    """
     rank, alpha = content["rank"], content["alpha"]
     method, kind = content.get("method", "lora"), content.get("kind")
     if type(rank) is not int or type(alpha) not in (int, float) or method not in METHODS:
