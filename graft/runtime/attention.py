@@ -6,7 +6,7 @@ queries at a time and only for the keys that it may see:
 
     S = scale Q K^T + mask,   P = exp(S - max S),   O = P V / sum P,
     dS = P (dO' V^T - sum(dO' O)),   dO' = dO / sum P,   dQ = scale dS K,   dK = scale dS^T Q,
-    dV = P^T dO'
+    dV = P^T dO',   dmask = dS
 
 P is kept for the backward pass while it is small, and otherwise recomputed block by block, so that
 memory grows with the number of tokens and not with its square: Dao et al., "FlashAttention" (2022),
@@ -39,8 +39,8 @@ SMALLEST_BLOCK = 32
 # Low enough to make any weight zero, and finite, so that no difference of two is undefined.
 MASKED = -1e30
 
-# First query, one past the last, keys that they may see, and the bias on their products.
-Block = tuple[int, int, int, mx.array | None]
+# First query, one past the last, and the keys that they may see.
+Block = tuple[int, int, int]
 
 _mlx_attention = mx.fast.scaled_dot_product_attention
 _mlx_sigmoid = mx.sigmoid
@@ -171,12 +171,12 @@ def attention(
     groups, keys = k.shape[1:3]
     # The heads of a group share keys: (batch, groups, heads of a group, queries, dims).
     grouped = q.reshape(batch, groups, heads // groups, queries, dims)
-    blocks = [
-        (start, stop, seen, _bias(mask, range(start, stop), queries, seen, (groups, heads)))
-        for start, stop, seen in _blocks(batch * heads, queries, keys, causal=mask == "causal")
-    ]
+    causal = isinstance(mask, str)
+    blocks = list(_blocks(batch * heads, queries, keys, causal=causal))
     kept = batch * heads * queries * keys <= KEPT_VALUES
-    output = _attend(scale, blocks, kept=kept)(grouped, k, v)[0]
+    # A mask may carry a gradient, so it is an argument of the function that has a gradient.
+    masks = [_grouped_mask(mask, groups, heads)] if isinstance(mask, mx.array) else []
+    output = _attend(scale, blocks, causal=causal, kept=kept)(grouped, k, v, *masks)[0]
     return output.reshape(batch, heads, queries, v.shape[-1])
 
 
@@ -213,49 +213,54 @@ def _blocks(rows: int, queries: int, keys: int, *, causal: bool) -> Iterator[tup
         yield start, stop, keys - queries + stop if causal else keys
 
 
-def _bias(
-    mask: str | mx.array | None, block: range, queries: int, seen: int, heads: tuple[int, int]
-) -> mx.array | None:
+def _grouped_mask(mask: mx.array, groups: int, heads: int) -> mx.array:
+    """A mask that broadcasts to (batch, groups, heads of a group, queries, keys)."""
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    batch, of_heads, queries, keys = mask.shape
+    parts = (groups, heads // groups) if of_heads == heads else (1, 1)
+    return mask.reshape(batch, *parts, queries, keys)
+
+
+def _bias(block: Block, mask: mx.array | None, *, causal: bool) -> mx.array | None:
     """The bias on a block's products, in units of log 2; broadcastable to their shape."""
-    if mask is None:
-        return None
-    if isinstance(mask, str):
+    start, stop, seen = block
+    if causal:
         # `seen` ends at the last query of the block.
-        places = mx.arange(len(block), dtype=mx.float32)[:, None] + (seen - len(block))
+        places = mx.arange(stop - start, dtype=mx.float32)[:, None] + (seen - (stop - start))
         behind = mx.minimum(places - mx.arange(seen, dtype=mx.float32), 0.0)
         return behind * -MASKED
-    groups, total = heads
-    rows = mask[..., block.start : block.stop, :] if mask.shape[-2] == queries else mask
-    bias = (rows.astype(mx.float32) - 1) * -MASKED if rows.dtype == mx.bool_ else rows * LOG2_E
-    if bias.ndim < 3:
-        return bias
-    # (..., heads, queries, keys): divide the heads into groups as for the queries.
-    per_head = bias.shape[-3]
-    parts = (groups, total // groups) if per_head == total else (1, 1)
-    return bias.reshape(*bias.shape[:-3], *parts, *bias.shape[-2:])
+    if mask is None:
+        return None
+    rows = mask[..., start:stop, :] if mask.shape[-2] > 1 else mask
+    exact = rows.astype(mx.float32)
+    return (exact - 1) * -MASKED if rows.dtype == mx.bool_ else exact * LOG2_E
 
 
-def _attend(scale: float, blocks: Sequence[Block], *, kept: bool) -> Any:
-    """(q, k, v) -> the output, the sums, and what the gradient of each block needs.
+def _attend(scale: float, blocks: Sequence[Block], *, causal: bool, kept: bool) -> Any:
+    """(q, k, v, mask) -> the output, the sums, and what the gradient of each block needs.
 
-    q is (batch, groups, heads, queries, dims), k (batch, groups, keys, dims), and the output has
-    the shape of q with the dims of v.
+    q is (batch, groups, heads, queries, dims), k (batch, groups, keys, dims), the mask, if any, is
+    broadcastable to (batch, groups, heads, queries, keys), and the output has the shape of q with
+    the dims of v.
     """
 
-    def products(q: mx.array, k: mx.array, block: Block) -> mx.array:
+    def products(q: mx.array, k: mx.array, mask: mx.array | None, block: Block) -> mx.array:
         """(batch, groups, heads, queries, keys), in units of log 2."""
-        start, stop, seen, bias = block
+        start, stop, seen = block
         rows = q[..., start:stop, :] * (scale * LOG2_E)
         found = _flat(rows) @ k[:, :, :seen].swapaxes(-1, -2)
         found = found.reshape(*rows.shape[:-1], seen)
+        bias = _bias(block, mask, causal=causal)
         return found if bias is None else found + bias
 
     @mx.custom_function
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+    def attend(
+        q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
         outputs: list[mx.array] = []
         totals, saved = [], []
         for block in blocks:
-            x = products(_after(q, outputs), k, block)
+            x = products(_after(q, outputs), k, mask, block)
             top = x.max(axis=-1, keepdims=True)
             p = mx.power(2.0, x - top)
             total = p.sum(axis=-1, keepdims=True)
@@ -267,24 +272,40 @@ def _attend(scale: float, blocks: Sequence[Block], *, kept: bool) -> Any:
 
     @attend.vjp
     def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        (q, k, v), (output, total, *saved) = primals, outputs
+        (q, k, v, *masks), (output, total, *saved) = primals, outputs
+        mask = masks[0] if masks else None
         share = cotangents[0] / total
         below = (share * output).sum(axis=-1, keepdims=True)
         dq: list[mx.array] = []
-        dk, dv = mx.zeros_like(k), mx.zeros_like(v)
+        dk, dv, dmask = mx.zeros_like(k), mx.zeros_like(v), list[mx.array]()
         for block, p in zip(blocks, saved, strict=True):
-            start, stop, seen, _ = block
+            start, stop, seen = block
             if not kept:
-                p = mx.power(2.0, products(_after(q, [*dq, dk, dv]), k, block) - p)
+                p = mx.power(2.0, products(_after(q, [*dq, dk, dv]), k, mask, block) - p)
             rows = _flat(share[..., start:stop, :])
             dp = (rows @ v[:, :, :seen].swapaxes(-1, -2)).reshape(p.shape)
-            change = _flat(p * (dp - below[..., start:stop, :]))
+            change = p * (dp - below[..., start:stop, :])
+            # Computed only if somebody asks for the gradient of the mask: MLX is lazy.
+            dmask += [_summed_like(change, each) for each in masks]
+            change = _flat(change)
             dq.append((change @ k[:, :, :seen]).reshape(q[..., start:stop, :].shape) * scale)
             dk = _added(dk, change.swapaxes(-1, -2) @ (_flat(q[..., start:stop, :]) * scale))
             dv = _added(dv, _flat(p).swapaxes(-1, -2) @ rows)
-        return _joined(dq), dk, dv
+        return _joined(dq), dk, dv, *(_like(dmask, each) for each in masks)
 
     return attend
+
+
+def _summed_like(change: mx.array, mask: mx.array) -> mx.array:
+    """The gradient of a block's products, summed where the mask was broadcast to them."""
+    axes = [a for a, size in enumerate(mask.shape) if size == 1]
+    return change.sum(axis=axes, keepdims=True) if axes else change
+
+
+def _like(blocks: Sequence[mx.array], mask: mx.array) -> mx.array:
+    """The gradient of the whole mask from those of its blocks."""
+    whole = _joined(blocks) if mask.shape[-2] > 1 else sum(blocks, mx.array(0.0))
+    return whole.astype(mask.dtype)
 
 
 def _after(x: mx.array, results: Sequence[mx.array]) -> mx.array:

@@ -186,7 +186,7 @@ class DequantizingLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., input_dims) to (..., output_dims)."""
         # For few rows quantized_matmul is about as fast, and reads an eighth of the memory.
-        if x.size < MANY_ROWS * x.shape[-1]:
+        if x.size < MANY_ROWS * x.shape[-1] or not is_frozen(self):
             return super().__call__(x)
         y = _frozen_product(self)(x)
         return y + self["bias"] if "bias" in self else y
@@ -220,6 +220,11 @@ def _frozen_product(linear: "DequantizingLinear") -> Any:
     return product
 
 
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether no parameter of a layer is trained: the products here return no gradient for one."""
+    return not layer.trainable_parameters()
+
+
 class CpuLoRALinear(LoRALinear):
     """A LoRA layer that adds base and update in one pass, with half the passes over memory.
 
@@ -243,6 +248,7 @@ class CpuLoRALinear(LoRALinear):
             and takes_shortcuts()
             and x.dtype == mx.float32
             and x.size >= MANY_ROWS * x.shape[-1]
+            and is_frozen(self.linear)
             and (type(self.linear) is nn.Linear or hasattr(self.linear, "whole_weight"))
         )
 

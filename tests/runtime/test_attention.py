@@ -46,14 +46,15 @@ def inputs(shape: tuple[int, ...]) -> list[mx.array]:
 
 
 def outcome(function: Any, arrays: list[mx.array], mask: Any) -> list[mx.array]:
-    """The output, and the gradients of a weighted sum of it."""
+    """The output, and the gradients of a weighted sum of it, of an additive mask too."""
     weights = normal(*arrays[0].shape, seed=3)
     scale = arrays[0].shape[-1] ** -0.5
+    additive = isinstance(mask, mx.array) and mask.dtype == mx.float32
 
-    def weighted(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def weighted(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> mx.array:
         return (function(q, k, v, scale=scale, mask=mask) * weights).sum()
 
-    gradients = mx.grad(weighted, argnums=(0, 1, 2))(*arrays)
+    gradients = mx.grad(weighted, argnums=(0, 1, 2, 3) if additive else (0, 1, 2))(*arrays, mask)
     return [function(*arrays, scale=scale, mask=mask), *gradients]
 
 
@@ -91,7 +92,7 @@ def test_masks_of_every_shape_count_as_for_mlx(kind: str, of: str) -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("mask", [None, "causal", "bool"])
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "additive", "additive for keys"])
 @pytest.mark.parametrize("kept", [True, False])
 def test_blocks_of_queries_give_what_all_of_them_give(
     monkeypatch: pytest.MonkeyPatch, mask: Any, kept: bool
@@ -100,7 +101,24 @@ def test_blocks_of_queries_give_what_all_of_them_give(
     monkeypatch.setattr(module, "KEPT_VALUES", 2**40 if kept else 0)
     if mask == "bool":
         mask = mx.tril(mx.ones((150, 150), mx.bool_))
+    elif mask in ("additive", "additive for keys"):
+        mask = normal(2, 8, 150 if mask == "additive" else 1, 150, seed=4)
     assert_as_mlx_has_it(SHAPES[1], mask)
+
+
+@on_cpu
+def test_the_gradient_of_an_additive_mask_is_the_quotient_of_differences() -> None:
+    """Multi-head latent attention passes scores as the mask: what makes them is trained."""
+    q, k, v = inputs((1, 2, 2, 40, 40, 16))
+    mask, direction = normal(1, 2, 40, 40, seed=4), normal(1, 2, 40, 40, seed=5)
+
+    def total(step: Any) -> mx.array:
+        y = attention(q, k, v, scale=0.25, mask=mask + step * direction)
+        return mx.square(y).sum()
+
+    found = mx.grad(total)(mx.array(0.0)).item()
+    quotient = (total(1e-2) - total(-1e-2)).item() / 2e-2
+    assert abs(found) > 1 and found == pytest.approx(quotient, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -74,6 +74,25 @@ def test_the_gradients_of_the_input_are_those_of_a_quantized_linear(
         np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
 
 
+@on_cpu
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_base_that_is_trained_itself_gets_its_gradient(quantized: bool) -> None:
+    """The fast products give it none, so it takes the plain ones."""
+    base = nn.Linear(INPUT_DIMS, OUTPUT_DIMS)
+    base = DequantizingLinear.of(base.to_quantized(32, 4)) if quantized else base
+    layer = CpuLoRALinear(base, 4)
+    base.unfreeze(keys=["scales", "biases"] if quantized else ["weight"])
+    x, name = rows(MANY), "scales" if quantized else "weight"
+    _, found = nn.value_and_grad(layer, lambda layer: mx.tanh(layer(x)).sum())(layer)
+    few = [
+        nn.value_and_grad(layer, lambda layer, row=row: mx.tanh(layer(row)).sum())(layer)[1]
+        for row in mx.split(x, MANY)
+    ]
+    expected = sum(each["linear"][name] for each in few)
+    assert mx.abs(expected).max() > 0
+    np.testing.assert_allclose(np.array(found["linear"][name]), np.array(expected), atol=1e-4)
+
+
 def test_many_rows_are_multiplied_by_the_dense_weight_and_few_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
