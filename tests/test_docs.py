@@ -287,7 +287,7 @@ def test_the_table_has_every_architecture_and_what_the_probes_say() -> None:
     configs = probes.read_configs()
     assert list(shown) == [probes.label(name, config) for name, config in configs.items()]
     for name in list(configs)[::24]:
-        row = probes.row(name, configs[name], probes.probe_apart(name))
+        row = probes.row(name, configs[name], probes.probe(name, configs[name]))
         assert shown[probes.label(name, configs[name])] == row
 
 

@@ -1,9 +1,7 @@
 """graft/exporting/fuse.py: a model with its adapter inside, and what it keeps of it."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.adapter import apply_adapter
@@ -11,7 +9,6 @@ from graft.adapters.files import load_adapter
 from graft.adapters.formats.graft import write_adapter
 from graft.cli import fuse as fusing
 from graft.pretrained.load import load_model, read_model
-from graft.quantization.divergence import compare, take_sample
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -211,43 +208,40 @@ def test_a_fused_model_of_no_numbers_is_not_written(
 # ---- the default data -------------------------------------------------------------------------
 
 
-def measured(model: nn.Module, rows: Sequence[Any], folder: Path) -> float:
-    return compare(take_sample(model, rows, folder), model).adapter_loss
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("iters", [40, 150])
 def test_a_fused_4_bit_model_keeps_95_percent_of_the_gain(
-    iters: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import convert
     import lora
     from graft.data.batches import sample_rows
-    from graft.data.examples import load_splits
+    from graft.data.examples import Split, load_splits
     from graft.pretrained.folder import EMBEDDED_MODEL
+    from graft.training.evaluate import evaluate_split
 
-    base, adapter = tmp_path / "base", tmp_path / "run" / "adapters.npz"
+    base, adapter, out = tmp_path / "base", tmp_path / "run" / "adapters.npz", tmp_path / "out"
     convert.convert(base, torch_path=EMBEDDED_MODEL, quantize=True, file_format="safetensors")
     data = str(ROOT / "datasets" / "mlx-docs")
-    options = {"--iters": iters, "--learning-rate": 1e-3, "--val-batches": 1, "--data": data}
+    options = {"--learning-rate": 2e-3, "--val-batches": 1, "--data": data}
     words = [str(word) for pair in options.items() for word in pair]
-    files = ["--model", str(base), "--adapter-file", str(adapter), "--max-seq-length", "256"]
-    assert lora.main(["--train", *files, *words]) == 0
-    out = ["--out", str(tmp_path / "out")]
-    assert fusing.main([*files[:4], *out]) == 0
+    files = ["--model", str(base), "--adapter-file", str(adapter)]
     model, tokenizer, _ = load_model(base)
-    split = load_splits(data, tokenizer, ["test"], max_length=256)["test"]
-    rows = sample_rows(split.examples, 40, seed=1)
-    before = measured(model, rows, tmp_path)
-    trained = load_adapter(adapter)
-    apply_adapter(model, trained, name="a")
-    model.eval()
-    adapted = measured(model, rows, tmp_path)
-    fused = read_model(tmp_path / "out")[0]
-    kept = (before - measured(fused, rows, tmp_path)) / (before - adapted)
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, tmp_path / "out")]
-    with capsys.disabled():
-        print(f"\ngain {before - adapted:.3f}, kept {kept:.2%}, size {sizes[1] / sizes[0]:.3f}")
-    assert before - adapted > 0.1
-    assert kept >= 0.95
-    assert sizes[1] <= 1.1 * sizes[0]
+    test = load_splits(data, tokenizer, ["test"], max_length=256)["test"]
+    rows = Split(sample_rows(test.examples, 40, seed=1))
+    before = evaluate_split(model, rows, 4).loss
+    # A small update, which rounding loses more easily, and the larger one that it grows into.
+    for iters, more in ((20, []), (75, ["--resume"])):
+        length = ["--max-seq-length", "256", "--iters", str(iters)]
+        assert lora.main(["--train", *files, *words, *length, *more]) == 0
+        assert fusing.main([*files, "--out", str(out), "--force"]) == 0
+        model, _ = read_model(base)
+        apply_adapter(model, load_adapter(adapter), name="a")
+        model.eval()
+        gain = before - evaluate_split(model, rows, 4).loss
+        kept = (before - evaluate_split(read_model(out)[0], rows, 4).loss) / gain
+        sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, out)]
+        with capsys.disabled():
+            print(f"\ngain {gain:.3f}, kept {kept:.2%}, size {sizes[1] / sizes[0]:.3f}")
+        assert gain > 0.1
+        assert kept >= 0.95
+        assert sizes[1] <= 1.1 * sizes[0]
