@@ -16,7 +16,7 @@ from typing import Any
 import graft.__main__
 
 import pytest
-from test_house import console, run_in_a_copy
+from test_house import console, copy_checkout
 
 from support.paths import ROOT
 
@@ -212,7 +212,10 @@ def shortened(command: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_pages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where Graft is imported once; README's run as a person runs them."""
     # Pages use the adapter that README's first commands leave behind.
     commands = ["python lora.py --train --iters 3 --val-batches 1"]
     for page in PAGES:
@@ -220,7 +223,15 @@ def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
             lines = console(page.read_text(encoding="utf-8"))
             commands += [shortened(command) for command, reason in lines if not reason]
     assert len(commands) > 10
-    run_in_a_copy(commands, tmp_path)
+    copy_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [""])  # main changes it
+    for command in commands:
+        verb = verb_of(command)
+        assert verb in graft.__main__.VERBS, command
+        words = shlex.split(command, comments=True)
+        arguments = words[words.index(verb if "graft" in words else f"{verb}.py") + 1 :]
+        assert graft.__main__.main([verb, *arguments]) == 0, (command, capfd.readouterr().err)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -322,17 +322,22 @@ def test_the_readme_s_commands_stand_where_they_are_run(readme: str) -> None:
     assert re.findall(r"^ *```(?:bash|sh|shell)\b", readme, re.MULTILINE) == []
 
 
-def run_in_a_copy(commands: Iterable[str], folder: Path) -> None:
-    """Run commands, one after another, in a copy of the checkout."""
+def copy_checkout(folder: Path) -> None:
     for path in git_files("--cached", "--others", "--exclude-standard"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_run(readme: str, tmp_path: Path) -> None:
+    copy_checkout(tmp_path)
+    commands = [command for command, reason in console(readme) if not reason]
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": search, "HF_HUB_OFFLINE": "1"}
     for command in commands:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
-            cwd=folder,
+            cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -341,11 +346,6 @@ def run_in_a_copy(commands: Iterable[str], folder: Path) -> None:
             timeout=600,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}"
-
-
-@pytest.mark.slow
-def test_the_readme_s_commands_run(readme: str, tmp_path: Path) -> None:
-    run_in_a_copy((command for command, reason in console(readme) if not reason), tmp_path)
 
 
 def test_the_readers_of_readme_read() -> None:
