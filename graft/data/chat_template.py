@@ -13,6 +13,7 @@ written in plain lines, where `</s>` stands for EOS:
 Knows nothing of files; of tokenizers only their templates and special tokens.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,16 @@ from datetime import datetime
 from typing import Any
 
 from graft.console import one_line
+from graft.data.conversations import is_text
 from graft.data.tokenize import Passage, Span, encode, transformers_tokenizer
 from graft.pretrained.tokenizer import Tokenizer
+from graft.runtime.limits import run_limited
 from graft.storage.json_file import parse_json
 
+# What a template may take to render a conversation; usual ones take a millisecond.
+RENDER_SECONDS, RENDER_BYTES, MOST_RENDERED = 5.0, 1 << 30, 1 << 26
+LARGEST_NUMBER, LONGEST_REASON = 1_000_000, 300
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
 # What templates write for today's date, so that the same data gives the same tokens every day. It
@@ -109,8 +116,6 @@ class ChatFormat:
     def _render(
         self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False
     ) -> str:
-        from jinja2 import TemplateError
-
         settings: dict[str, Any] = {
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
@@ -120,16 +125,24 @@ class ChatFormat:
         try:
             if self._renderer is None:
                 settings["chat_template"] = self._template(tools)
-            text: str = self._tokenizer.apply_chat_template(list(messages), **settings)
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            text: str = run_limited(
+                lambda: self._tokenizer.apply_chat_template(list(messages), **settings),
+                seconds=RENDER_SECONDS,
+                growth_bytes=RENDER_BYTES,
+            )
+        except Exception as error:  # a template is a program, which can fail in any way
+            reason = one_line(error)[:LONGEST_REASON]
             raise ChatError(
-                f"the model's chat template refuses this conversation: {one_line(error)}"
+                f"the model's chat template refuses this conversation: {reason}"
             ) from error
+        if not isinstance(text, str) or len(text) > MOST_RENDERED or not is_text(text):
+            raise ChatError("the model's chat template does not render this conversation as text")
         return text
 
     def _template(self, tools: Tools) -> str:
         """The source of the template, with the date written into it."""
         template: str = self._model.get_chat_template(None, tools or None)
+        check_template(template)
         return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
 
     def _turn_span(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> Span:
@@ -196,6 +209,29 @@ class ChatFormat:
         )
         before = _common_prefix(with_a, with_b)
         return before, _common_prefix(with_a[::-1], with_b[::-1])[::-1]
+
+
+@functools.cache
+def check_template(source: str) -> None:
+    """Refuse a template that makes a huge number or text in one operation.
+
+    Such an operation cannot be interrupted; many small ones are, when the template is rendered.
+
+    Raises:
+        ValueError: it has a power, or a number above `LARGEST_NUMBER`.
+        jinja2.TemplateError: it is not a template.
+    """
+    from jinja2 import nodes
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    tree = environment.parse(_GENERATION_TAG.sub("", source))
+    if next(tree.find_all(nodes.Pow), None) is not None:
+        raise ValueError("it computes a power")
+    for number in tree.find_all(nodes.Const):
+        if isinstance(number.value, int) and abs(number.value) > LARGEST_NUMBER:
+            raise ValueError(f"it uses a number above {LARGEST_NUMBER:,}")
 
 
 def plain_passages(messages: Sequence[Message], tools: Tools) -> list[Passage]:

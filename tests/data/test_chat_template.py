@@ -241,3 +241,42 @@ def test_a_prompt_without_a_template_ends_where_the_assistant_begins(tmp_path: P
         tokenizer.eos_token_id,
         *tokenizer.encode("Assistant:", **bare),
     ]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ messages[0].content.nothing.more }}", "nothing"),
+        ("{{ 10 ** 10 ** 10 }}", "power"),
+        ("{{ 'a'.ljust(9999999999) }}", "a number above 1,000,000"),
+        ("{% for", "unexpected"),
+        ("{{ raise_exception(messages | length * 'no\n') }}", "no"),
+        ("{{ '\ud83d' }}", "as text"),
+    ],
+)
+def test_a_template_that_fails_is_refused_in_one_line(
+    chat: Chat, template: str, reason: str
+) -> None:
+    with pytest.raises(ChatError, match=reason) as refusal:
+        ChatFormat(chat(template)).prompt_ids(TALK, None)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_template_cannot_run_forever_or_fill_the_memory(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.data.chat_template.RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("graft.data.chat_template.RENDER_BYTES", 1 << 27)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    calls = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    doubled = "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+    for template, reason in {
+        loops: "more than 0.2 seconds",
+        calls + "{{ f(90) }}": "more than 0.2 seconds",
+        doubled + "{% endfor %}": "128 MiB|0.2 seconds|memory",
+    }.items():
+        with pytest.raises(ChatError, match=reason):
+            ChatFormat(chat(template)).prompt_ids(TALK, None)
+    assert ChatFormat(chat(MARKED)).prompt_ids(TALK, None)
