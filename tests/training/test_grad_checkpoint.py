@@ -69,6 +69,7 @@ def test_the_gradients_are_equal(bits: int, dropout: float, passes: int) -> None
         assert mx.abs(found[name] - gradient).max().item() <= 1e-5 * scale, name
 
 
+@pytest.mark.slow
 def test_compiled_steps_recompute_the_same_random_numbers() -> None:
     """As on a GPU, where the step is compiled with the state of the random numbers captured."""
     model = adapted({**LLAMA, "num_hidden_layers": 1}, dropout=0.3)

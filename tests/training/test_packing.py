@@ -248,6 +248,7 @@ def test_dividing_packed_batches_changes_nothing(division: dict[str, int]) -> No
         assert mx.allclose(parts[path], array, rtol=1e-4, atol=1e-6), path
 
 
+@pytest.mark.slow
 def test_compiled_steps_pack_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; one trace for each shape, and one for the update."""
     losses, plain, _ = train(blocks=1, epochs=2)
