@@ -53,7 +53,7 @@ def train_steps(run: Run, interrupts: Interrupts) -> None:
     """Train the adapter of `run` until it is finished or a signal is received.
 
     Raises:
-        RunError: too many steps in a row were not finite.
+        RunError: steps or the adapter were not finite, even after the run was rolled back.
     """
     if not run.progress.started:
         run.folder.clear()
@@ -69,10 +69,10 @@ def train_steps(run: Run, interrupts: Interrupts) -> None:
             report(run)
         if run.is_due(run.options.steps_per_eval):
             validate(run)
-        if run.is_due(run.options.save_every):
+        if run.is_due(run.options.save_every) and check_adapter(run):
             run.log.event(run.progress.step, "saved")
             save(run)
-    if interrupts.received:
+    if interrupts.received and check_adapter(run):
         save(run)
 
 
@@ -84,19 +84,18 @@ def take_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     mx.random.seed(run.options.seed * 1_000_003 + run.progress.step)
     set_learning_rate(run.optimizer, run.learning_rate, lora_plus_ratio=run.options.lora_plus_ratio)
     result = run.update([batch.to_mlx() for batch in batches])
+    if result.finite:
+        run.sample = batches[0]
     run.progress.add(result, seconds=time.perf_counter() - start)
     run.log.step(run.progress.step)
     return result
 
 
 def handle_nonfinite_step(run: Run, batches: Sequence[Batch], result: StepResult) -> bool:
-    """Report a step whose loss or gradient was not finite; roll back, once, if there are too many.
+    """Report a step whose loss or gradient was not finite; roll back if there are too many.
 
     Returns:
         Whether the run was rolled back.
-
-    Raises:
-        RunError: it was rolled back before.
     """
     progress, rows = run.progress, [row for batch in batches for row in batch.rows]
     seen = f"loss {result.loss}, gradient norm {result.grad_norm}, rows {rows}"
@@ -105,20 +104,40 @@ def handle_nonfinite_step(run: Run, batches: Sequence[Batch], result: StepResult
     run.log.say(f"step {step:>5}  skipped, not finite: {seen}")
     if progress.nonfinite_steps < run.options.max_nonfinite_steps:
         return False
-    if progress.rolled_back:
-        run.save_adapter()
-        raise RunError(
-            f"{progress.nonfinite_steps} steps in a row up to step {step} were not finite, even "
-            f"after rolling back and halving the learning rate (the last: {seen}); "
-            f"{run.folder.adapter} holds the last good adapter"
-        )
-    roll_back(run)
+    reason = f"{progress.nonfinite_steps} steps in a row up to step {step} were not finite"
+    roll_back(run, reason, details=f" (the last: {seen})")
     return True
 
 
-def roll_back(run: Run) -> None:
-    """Restore the last checkpoint and halve the learning rate."""
+def check_adapter(run: Run) -> bool:
+    """Whether the adapter is fit to be saved; otherwise the run is rolled back.
+
+    The guard of each step sees the adapter before its update only.
+    """
+    if run.has_finite_adapter():
+        return True
+    step = run.progress.step
+    run.log.event(step, "bad_adapter")
+    run.log.say(f"step {step:>5}  not saved: the loss of the adapter is not finite")
+    roll_back(run, f"the loss of the adapter after step {step} is not finite")
+    return False
+
+
+def roll_back(run: Run, reason: str, *, details: str = "") -> None:
+    """Restore the last checkpoint and halve the learning rate, once.
+
+    Raises:
+        RunError: it was rolled back before.
+    """
     before = run.progress
+    if before.rolled_back:
+        if not run.has_finite_adapter():
+            run.restore(run.folder.load_checkpoint())
+        run.save_adapter()
+        raise RunError(
+            f"{reason}, even after rolling back and halving the learning rate{details}; "
+            f"{run.folder.adapter} holds the last good adapter"
+        )
     checkpoint = run.folder.load_checkpoint()
     run.restore(checkpoint)
     run.progress.rate_factor = before.rate_factor / 2

@@ -6,6 +6,7 @@ from typing import Any
 
 from graft.adapters.files import save_adapter
 from graft.data.batches import TrainingBatches
+from graft.data.collate import Batch
 from graft.data.examples import Split
 from graft.training.checkpoints import Checkpoint
 from graft.training.memory_plan import MemoryPlan
@@ -42,6 +43,7 @@ class Run:
         fingerprints: of model and data; a checkpoint is resumed only on the same ones.
         log: metrics and messages.
         reported_traces: whether needless compilation was reported.
+        sample: a micro-batch of the last step whose loss was finite, if there was one.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Run:
     fingerprints: dict[str, Any]
     log: RunLog
     reported_traces: bool = False
+    sample: Batch | None = None
 
     @property
     def finished(self) -> bool:
@@ -74,6 +77,10 @@ class Run:
     def is_due(self, every: int) -> bool:
         """Whether to do now what is done every `every` steps and at the end."""
         return self.progress.step % every == 0 or self.finished
+
+    def has_finite_adapter(self) -> bool:
+        """Whether the adapter, its optimizer and its loss on rows that had one are finite."""
+        return self.update.is_finite(None if self.sample is None else self.sample.to_mlx())
 
     def save_adapter(self) -> None:
         """Write the adapter as it is now."""

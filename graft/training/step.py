@@ -128,6 +128,17 @@ class UpdateStep:
         weights = adapter_parameters(self._model)
         return self._workers([(weights, arrays, False) for arrays in micro_batches])
 
+    def is_finite(self, micro_batch: BatchArrays | None = None) -> bool:
+        """Whether adapter and optimizer are finite, and the loss of a micro-batch with them.
+
+        Args:
+            micro_batch: one whose loss was finite before the last update.
+        """
+        finite = [mx.isfinite(array).all() for array in self.state().values()]
+        if micro_batch is not None:
+            finite += [mx.isfinite(loss) for loss, _, _ in self.losses([micro_batch])]
+        return bool(mx.all(mx.stack(finite)).item())
+
     def close(self) -> None:
         """End the worker processes; another update would start new ones."""
         self._workers.close()

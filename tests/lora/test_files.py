@@ -4,6 +4,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import lora
 from graft.adapters.files import load_adapter
@@ -16,6 +17,7 @@ from graft.training.options import Options
 from graft.training.setup import use_adapter
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -180,6 +182,21 @@ class TestAdapterChoice:
         adapted = capsys.readouterr()
         assert adapted.err == ""
         assert adapted.out.splitlines()[-1] != base
+
+    @pytest.mark.parametrize("name", ["whole", "quantized"])
+    def test_the_base_alone_is_measured_without_all_logits_at_once(
+        self, here: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads: list[bool] = []
+        evaluate = lora.evaluate_split
+
+        def noting(model: nn.Module, *given: Any, **named: Any) -> Evaluation:
+            heads.append(getattr(model, "loss_head", None) is not None)
+            return evaluate(model, *given, **named)
+
+        monkeypatch.setattr(lora, "evaluate_split", noting)
+        assert run("--test", "--adapter-file", "none", model=name) == 0
+        assert heads == [True]
 
     def test_an_adapter_of_another_base_model_is_said(
         self, here: Path, capsys: pytest.CaptureFixture[str]

@@ -271,6 +271,41 @@ def test_failing_from_the_first_step_leaves_the_untrained_adapter(
     assert all((np.array(a) == 0).all() for n, a in halves.items() if n.endswith("lora_b"))
 
 
+@pytest.mark.parametrize("rate", ["1e20", "1e38"])
+def test_an_adapter_that_a_step_ruined_is_not_saved(
+    here: Path, rate: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of that step is finite: it is that of the adapter before."""
+    often = ("--iters", "4", "--save-every", "1", "--steps-per-report", "1")
+    assert train(*often, "--learning-rate", rate) == 1
+    told = capsys.readouterr().err
+    assert "the loss of the adapter after step 1 is not finite" in told
+    assert "run/adapters.npz holds the last good adapter" in told
+    assert not lines(event="saved") and len(lines(event="bad_adapter")) == 2
+    checkpoints = list(Path("run/checkpoints").glob("0*"))
+    assert [path.name for path in checkpoints] == ["0000000"]
+    halves = mx.load("run/adapters.npz")
+    assert all((np.array(a) == 0).all() for n, a in halves.items() if n.endswith("lora_b"))
+
+
+def test_an_adapter_that_was_ruined_after_a_save_is_rolled_back(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 is taken at 1e20 once: the next save finds it and goes back to step 4."""
+    rates = iter([1e-2] * 5 + [1e20])
+    set_rate = lora.set_learning_rate
+
+    def setting(optimizer: Any, rate: float, **named: Any) -> None:
+        set_rate(optimizer, next(rates, rate), **named)
+
+    monkeypatch.setattr(lora, "set_learning_rate", setting)
+    assert train("--iters", "8", "--save-every", "2", "--steps-per-report", "1") == 0
+    assert [line["step"] for line in lines(event="saved")] == [2, 4, 6, 8]
+    (back,) = lines(event="went_back")
+    assert (back["step"], back["to_step"]) == (6, 4)
+    assert lines(kind="train")[-1]["learning_rate"] == pytest.approx(5e-3)
+
+
 def test_needless_traces_are_told_once_and_all_of_them_at_the_end(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
