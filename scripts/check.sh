@@ -13,6 +13,8 @@ check() {
 check ruff check
 check ruff format --check
 check mypy
-# One process per core; a test file stays in one of them.
-check pytest --numprocesses auto --dist loadfile "$@"
+# One process per core, each with one BLAS thread: more of them only wait for each other. A process
+# without tests left takes over half of another's; by file, one long file would be the last for minutes.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+check pytest --numprocesses auto --dist worksteal "$@"
 exit $status
