@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from graft.engine.adapter_bank import AdapterBank, RowSlots, ScaledAdapters
-from graft.runtime.agreement import agrees
+from graft.runtime.agreement import difference
 from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
@@ -159,8 +159,9 @@ def can_batch(model: MultiAdapterModel) -> bool:
         alone.append(model(mx.array([[token]]), cache))
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    rows = [model.make_cache() for _ in prompts]
-    try:
+
+    def together() -> mx.array:
+        rows = [model.make_cache() for _ in prompts]
         batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
         for entry in batch:
             entry.prepare(lengths=list(map(len, prompts)), right_padding=padding)
@@ -168,7 +169,6 @@ def can_batch(model: MultiAdapterModel) -> bool:
         model(mx.array(padded), batch)
         for entry in batch:
             entry.finalize()
-        together = model(mx.array(following)[:, None], batch)
-        return agrees(together, mx.concatenate(alone), dtype=model.dtype)
-    except Exception:  # architectures fail in different ways
-        return False
+        return model(mx.array(following)[:, None], batch)
+
+    return not difference(together, mx.concatenate(alone), dtype=model.dtype)

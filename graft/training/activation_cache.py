@@ -17,17 +17,16 @@ from graft.adapters.targets import block_paths
 from graft.console import bytes_text, say
 from graft.data.batches import group_rows
 from graft.data.collate import collate
-from graft.data.examples import Example, Split
+from graft.data.examples import Split
 from graft.runtime.memory import machine_bytes
 from graft.runtime.workers import Workers, in_groups
 from graft.storage.atomic import new_file
 from graft.training.frozen_prefix import (
     count_prefix_weights,
-    example_states,
     prefix_length,
     prefix_output,
+    probe_prefix,
     remove_prefix,
-    sample_batch,
     stored_dtype,
     to_numpy,
 )
@@ -82,8 +81,9 @@ def cache_activations(
         return dict(splits)
     if mode == "auto" and not repeated:
         return dict(splits)
-    sample = _sample(splits)
-    (states,) = example_states(model, length, [sample])
+    states = probe_prefix(model, length, objective)
+    if states is None:
+        return dict(splits)
     tokens = sum(split.tokens - len(split) for split in splits.values())
     size = tokens * states.shape[-1] * states.dtype.size
     where = _choose_place(size, folder, budget or machine_bytes()) if mode == "auto" else mode
@@ -98,12 +98,7 @@ def cache_activations(
     rows = ROWS_AT_A_TIME if budget is None else 1
     store = _StatesStore((tokens, states.shape[-1]), states.dtype, path)
     cached = store.fill(model, length, splits, rows=rows, workers=workers)
-    with_states = replace(sample, states=to_numpy(states))
-    batches = sample_batch(sample), sample_batch(with_states)
-    if not remove_prefix(model, length, objective, batches):
-        store.discard()
-        say("activation cache: off because this model's loss changes without its lower blocks")
-        return dict(splits)
+    remove_prefix(model, length)
     say(f"activation cache: filled in {time.perf_counter() - start:.1f} s")
     return cached
 
@@ -189,13 +184,6 @@ def _with_states(splits: Mapping[str, Split], states: NDArray[Any]) -> dict[str,
             examples.append(replace(example, states=states[start:end]))
         result[name] = replace(split, examples=examples)
     return result
-
-
-def _sample(splits: Mapping[str, Split]) -> Example:
-    """A short row to compare on."""
-    example = max(next(iter(splits.values())).examples[:ROWS_AT_A_TIME], key=len)
-    loss_mask = np.ones(min(len(example), 17), dtype=np.bool_)
-    return Example(example.tokens[:17], loss_mask)
 
 
 def _choose_place(size: int, folder: Path, available: int) -> str:

@@ -15,7 +15,7 @@ from graft.runtime.memory import machine_bytes, peak_during, reset_peak, set_mem
 from graft.runtime.workers import choose_workers
 from graft.training.activation_cache import cached_bytes
 from graft.training.evaluate import evaluate_split
-from graft.training.grad_checkpoint import checkpoint_blocks
+from graft.training.grad_checkpoint import can_checkpoint, checkpoint_blocks
 from graft.training.memory_plan import MemoryPlan, choose_plan, measure, parse_budget
 from graft.training.objectives import Objective
 from graft.training.options import Options, from_mapping
@@ -113,12 +113,25 @@ class MemoryTrial:
         kept = saved_plan(saved, self.options) if saved else None
         text, available = self.options.memory_budget, machine_bytes()
         budget = None if text is None else parse_budget(text)
+        # Neither the options nor a plan of an earlier version may change the gradients.
+        recomputes = (kept or asked).recompute or (budget is not None and kept is None)
+        may_recompute = recomputes and can_checkpoint(self.model, self.objective)
+        if not may_recompute:
+            asked = replace(asked, recompute=False)
+            kept = None if kept is None or kept.recompute else kept
         held = sum(map(cached_bytes, self.splits.values()))
         keep_whole_weights(self.model, KEPT_SHARE * (budget or available))
         if budget is None or kept is not None:
             plan = measure(kept or asked, self.dry_run, available)
         else:
-            plan = choose_plan(asked, self.dry_run, budget=budget, available=available, held=held)
+            plan = choose_plan(
+                asked,
+                self.dry_run,
+                budget=budget,
+                available=available,
+                held=held,
+                may_recompute=may_recompute,
+            )
         set_memory_limits(None if budget is None else max(budget - held, 0), plan.peak_bytes)
         mx.clear_cache()
         reset_peak()

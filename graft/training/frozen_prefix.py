@@ -8,17 +8,15 @@ gradients are compared with those of the whole model before the blocks are left 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.adapters.targets import block_paths
-from graft.data.collate import collate
 from graft.data.examples import Example
 from graft.models import weight_shape
-from graft.runtime.agreement import agrees
 from graft.runtime.overriding import overridden, override, variant
-from graft.training.objectives import BatchArrays, Objective
-from graft.training.step import mean_loss
+from graft.training.objectives import Objective
+from graft.training.probe import loss_and_gradients, sample_batch, sample_examples, works
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,37 +84,54 @@ def prefix_output(model: nn.Module, length: int, inputs: NDArray[np.int32]) -> m
     return reached[0]
 
 
-def remove_prefix(
-    model: nn.Module, length: int, objective: Objective, sample: tuple[BatchArrays, BatchArrays]
-) -> bool:
-    """Put stand-ins in place of the first blocks, if loss and gradients stay the same.
+def probe_prefix(model: nn.Module, length: int, objective: Objective) -> mx.array | None:
+    """Try to train from the prefix's output, and report it if loss or gradients change.
+
+    Args:
+        model: with an adapter attached.
+        length: how many blocks the prefix has.
+        objective: what will be trained.
+
+    Returns:
+        The prefix's output (tokens, dims) for one of the rows that it was tried on; `None` if the
+        results were others.
+    """
+    expected = loss_and_gradients(model, objective, sample_batch())
+    states: list[mx.array] = []
+
+    def fast() -> Any:
+        states.extend(example_states(model, length, sample_examples()))
+        pairs = zip(sample_examples(), states, strict=True)
+        rows = tuple(replace(example, states=to_numpy(s)) for example, s in pairs)
+        undo = remove_prefix(model, length)
+        try:
+            return loss_and_gradients(model, objective, sample_batch(rows))
+        finally:
+            undo()
+
+    return states[0] if works("activation cache", fast, expected) else None
+
+
+def remove_prefix(model: nn.Module, length: int) -> Callable[[], None]:
+    """Put stand-ins in place of the first blocks; returns a function that undoes it.
 
     Args:
         model: with an adapter attached; changed in place.
         length: how many blocks.
-        objective: what will be trained.
-        sample: a batch with token ids as `inputs`, and the same with the prefix's output.
-
-    Returns:
-        Whether they stayed the same; if not, the model is as it was.
     """
-    with_ids, with_states = sample
-    gradient = nn.value_and_grad(model, mean_loss(objective))
-    expected = gradient(model, with_ids)
-    mx.eval(expected)
     layers, channel = _layer_list(model), _StateChannel()
     blocks = layers[:length]
     layers[:length] = [
         _StandIn(block, channel if number == length - 1 else None)
         for number, block in enumerate(blocks)
     ]
-    undo = _let_embeddings_take_states(model, channel)
-    with suppress(Exception):  # Architectures that pass on more than states fail in many ways.
-        if _same(gradient(model, with_states), expected):
-            return True
-    layers[:length] = blocks
-    undo()
-    return False
+    embeddings_again = _let_embeddings_take_states(model, channel)
+
+    def undo() -> None:
+        layers[:length] = blocks
+        embeddings_again()
+
+    return undo
 
 
 def stored_dtype(dtype: mx.Dtype) -> "np.dtype[Any]":
@@ -127,11 +142,6 @@ def stored_dtype(dtype: mx.Dtype) -> "np.dtype[Any]":
 def to_numpy(states: mx.array) -> NDArray[Any]:
     """States as NumPy stores them."""
     return np.array(states.view(mx.uint16) if states.dtype == mx.bfloat16 else states)
-
-
-def sample_batch(example: Example) -> BatchArrays:
-    """A batch of one example, in MLX."""
-    return collate([example], [0]).to_mlx()
 
 
 def _layer_list(model: nn.Module) -> list[Any]:
@@ -157,11 +167,6 @@ def _taking_states(cls: type, channel: _StateChannel) -> type:
         return x
 
     return variant(cls, __call__=call)
-
-
-def _same(found: Any, expected: Any) -> bool:
-    actual, wanted = dict(tree_flatten(found)), dict(tree_flatten(expected))
-    return all(agrees(actual[path], array) for path, array in wanted.items())
 
 
 def count_prefix_weights(model: nn.Module, length: int) -> tuple[int, int]:

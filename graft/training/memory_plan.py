@@ -75,6 +75,7 @@ def choose_plan(
     budget: int,
     available: int,
     held: int = 0,
+    may_recompute: bool = True,
 ) -> MemoryPlan:
     """The fastest plan within a budget: the most rows, recomputing only if one row is too much.
 
@@ -84,14 +85,16 @@ def choose_plan(
         budget: in bytes.
         available: bytes of the machine; the smallest plan is measured within them.
         held: bytes of the budget that MLX does not count.
+        may_recompute: whether recomputing leaves the gradients as they are.
 
     Raises:
         InputError: no plan fits the budget; the message gives the smallest budget that would.
     """
     tried: list[MemoryPlan] = []
     limit = (budget - held) / VARIATION
-    for recompute in [True] if asked.recompute else [False, True]:
-        for_one_row = available if recompute else limit
+    ways = [False, True][asked.recompute : 1 + may_recompute]
+    for recompute in ways:
+        for_one_row = available if recompute == ways[-1] else limit
         tried = list(_climb(MemoryPlan(asked.rows, recompute), dry_run, limit, for_one_row))
         fitting = [plan for plan in tried if plan.peak_bytes <= limit]
         if fitting:
@@ -99,10 +102,11 @@ def choose_plan(
     needs = f"more than the {bytes_text(available)} of this machine"
     if tried:
         needs = f"at least {bytes_text(round(tried[0].peak_bytes * VARIATION * MARGIN) + held)}"
+    least = "one row at a time" + " and gradient checkpointing" * may_recompute
     raise InputError(
-        f"--memory-budget {bytes_text(budget)}: even with one row at a time and gradient "
-        f"checkpointing this run needs {needs}; raise the budget, or use shorter rows "
-        "(--max-seq-length), fewer layers (--lora-layers) or a model with fewer bits"
+        f"--memory-budget {bytes_text(budget)}: even with {least} this run needs "
+        f"{needs}; raise the budget, or use shorter rows (--max-seq-length), fewer layers "
+        "(--lora-layers) or a model with fewer bits"
     )
 
 

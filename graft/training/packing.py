@@ -13,10 +13,11 @@ Reference: Krell et al., "Efficient Sequence Packing without Cross-contamination
 https://arxiv.org/abs/2107.02027.
 """
 
-from graft.console import say
+from functools import partial
+
 from graft.data.collate import Batch, collate, collate_packed
 from graft.data.examples import Example
-from graft.runtime.agreement import agrees
+from graft.training.probe import works
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -91,8 +92,7 @@ def find_capacity(model: nn.Module, tokens: int) -> int | None:
     batch = collate_packed(examples, SAMPLE_PACKS)
     # If positions are absolute, far ones may not exist, so near ones are tried first.
     for offset in (0, max(capacity - batch["targets"].shape[1], 0)):
-        if not _agrees(model, batch, offset, expected):
-            say("packing: off because packing changes this model's logits")
+        if not works("packing", partial(_packed_logits, model, batch, offset), expected):
             return None
     return capacity
 
@@ -107,11 +107,8 @@ def _document(length: int) -> Example:
     return Example(tokens, np.ones(length, dtype=np.bool_))
 
 
-def _agrees(model: nn.Module, batch: Batch, offset: int, expected: mx.array) -> bool:
-    try:
-        arrays = batch.to_mlx()
-        logits = forward(model, arrays["inputs"], arrays["segment_ids"], offset=offset)
-        trained = mx.array(np.flatnonzero(batch["loss_mask"]))
-        return agrees(logits.flatten(0, 1)[trained], expected)
-    except Exception:  # Architectures whose caches hold more than keys fail in many ways.
-        return False
+def _packed_logits(model: nn.Module, batch: Batch, offset: int) -> mx.array:
+    """The logits (tokens, vocabulary) of the trained tokens of packed rows."""
+    arrays = batch.to_mlx()
+    logits = forward(model, arrays["inputs"], arrays["segment_ids"], offset=offset)
+    return logits.flatten(0, 1)[mx.array(np.flatnonzero(batch["loss_mask"]))]

@@ -44,6 +44,7 @@ from graft.training.options import (
     record,
 )
 from graft.training.packing import find_capacity
+from graft.training.probe import check_trainable
 from graft.training.progress import Progress
 from graft.training.reporters import REPORTERS
 from graft.training.run import Run
@@ -343,6 +344,7 @@ def _prepare(
 ) -> tuple[MemoryTrial, int]:
     """What builds the step, with packing and the activation cache in place; how many steps."""
     objective = get_objective(options.objective)
+    check_trainable(model, objective)
     capacity = find_capacity(model, options.max_seq_length) if options.pack else None
     trial = MemoryTrial(model, splits, options, optimizer, objective, capacity)
     batches = trial.batches(options.batch_size)

@@ -1,6 +1,6 @@
 """What counts as the same result, by precision."""
 
-from graft.runtime.agreement import agrees
+from graft.runtime.agreement import agrees, difference
 
 import mlx.core as mx
 import pytest
@@ -29,3 +29,16 @@ def test_other_shapes_never_agree() -> None:
 
 def test_nan_never_agrees() -> None:
     assert not agrees(mx.array([float("nan")]), mx.array([1.0]))
+
+
+def test_what_is_rounding_beside_the_largest_array_is_no_difference() -> None:
+    """As the gradient of a key's bias, which is zero but for rounding."""
+    expected = {"large": mx.array([1.0]), "zero": mx.array([1e-9])}
+    assert difference(lambda: expected | {"zero": mx.array([-1e-8])}, expected) == ""
+    assert difference(lambda: expected | {"zero": mx.array([1e-4])}, expected)
+
+
+def test_other_names_and_exceptions_are_differences() -> None:
+    expected = {"a": mx.array([1.0])}
+    assert "results" in difference(dict, expected)
+    assert difference(lambda: [][0], expected) == "this model fails with it: IndexError"

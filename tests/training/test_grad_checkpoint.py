@@ -4,8 +4,13 @@ from typing import Any
 
 from graft.adapters.attach import attach, lora_layers
 from graft.adapters.layer_config import LayerConfig
+from graft.data.examples import Split
 from graft.errors import InputError
-from graft.training.grad_checkpoint import checkpoint_blocks
+from graft.training.dry_run import MemoryTrial
+from graft.training.grad_checkpoint import can_checkpoint, checkpoint_blocks
+from graft.training.objectives.sft import objective as sft
+from graft.training.optimizers import make_optimizer
+from graft.training.options import from_mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +18,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from support.fast_cases import mean_loss
+from support.fast_cases import make_examples, mean_loss
 from support.tiny import LLAMA, make_model
 
 
@@ -132,3 +137,76 @@ def test_doing_it_twice_is_doing_it_once() -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(InputError, match=r"--grad-checkpoint: Linear"):
         checkpoint_blocks(nn.Linear(2, 2))
+
+
+class SharingBlock(nn.Module):
+    """Adds what the block before it has left in a list that both hold, as shared keys are."""
+
+    def __init__(self, shared: list[mx.array]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        object.__setattr__(self, "shared", shared)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        before = self.shared.pop() if self.shared else mx.zeros_like(x)
+        y = self.linear(x)
+        self.shared.append(y)
+        return x + mx.tanh(y + before)
+
+
+class SharingModel(nn.Module):
+    """A language model whose blocks pass states on beside their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared: list[mx.array] = []
+        self.embedding = nn.Embedding(32, 16)
+        self.layers = [SharingBlock(shared) for _ in range(3)]
+        object.__setattr__(self, "shared", shared)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        self.shared.clear()
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embedding.as_linear(x)
+
+
+def sharing() -> nn.Module:
+    model = SharingModel()
+    attach(model, {f"layers.{n}.linear": LayerConfig(2, 8.0) for n in range(3)})
+    return model
+
+
+def test_blocks_that_share_states_are_not_checkpointed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not can_checkpoint(sharing(), sft)
+    assert capsys.readouterr().out.startswith("gradient checkpointing: off because")
+
+
+def test_trying_leaves_the_blocks_and_the_random_numbers_as_they_were(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = adapted(dropout=0.3)
+    mx.random.seed(5)
+    expected = mx.random.uniform(shape=(3,))
+    mx.random.seed(5)
+    assert can_checkpoint(model, sft) and not capsys.readouterr().out
+    assert mx.array_equal(mx.random.uniform(shape=(3,)), expected)
+    assert not any(getattr(block, "recomputes", False) for block in model.layers)
+
+
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_a_plan_does_not_count_on_it_where_it_changes_gradients(
+    budget: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for `--grad-checkpoint` nor in the plan of a run that an earlier version saved."""
+    options = from_mapping({"train": True, "grad_checkpoint": True, "memory_budget": budget})
+    model, splits = sharing(), {"train": Split(make_examples([9, 6, 5, 7]))}
+    for example in splits["train"].examples:
+        example.tokens[:] %= 32
+    trial = MemoryTrial(model, splits, options, make_optimizer("adam"), sft)
+    saved = {"options": options.__dict__, "plan": {"rows": 4, "recompute": True, "peak_bytes": 9}}
+    for state in (None, saved):
+        assert trial.choose(state).recompute is False
+        assert "gradient checkpointing: off because" in capsys.readouterr().out
+    assert not any(getattr(block, "recomputes", False) for block in model.layers)

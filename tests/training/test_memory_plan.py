@@ -64,6 +64,14 @@ def test_the_most_rows_are_taken_before_anything_is_recomputed(
     assert plan == MemoryPlan(rows, recompute) and plan.peak_bytes == peak
 
 
+def test_without_recomputing_one_row_is_the_least() -> None:
+    """By hand: 150 for one row and 7 for what peaks vary, within a machine of 1000."""
+    machine = Machine(linear)
+    with pytest.raises(InputError, match=r"with one row at a time this run needs at least 168"):
+        choose_plan(MemoryPlan(4, False), machine, budget=100, available=1000, may_recompute=False)
+    assert not any(plan.recompute for plan, _ in machine.calls)
+
+
 def test_what_is_asked_to_recompute_does() -> None:
     machine = Machine(linear)
     assert choose(machine, 1000, MemoryPlan(4, True)) == MemoryPlan(4, True)

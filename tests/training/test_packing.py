@@ -1,6 +1,7 @@
 """Packed rows train as their segment_ids do alone, and no document sees another."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def test_what_cannot_pack_says_so(
     if changes is not None:
         monkeypatch.setitem(fast_cases.ARCHITECTURES, name, changes)
     assert find_capacity(make_adapted(name), 512) is None
-    assert capsys.readouterr().out == ("packing: off because packing changes this model's logits\n")
+    off = r"packing: off because (it changes this model's results|this model fails with it: \w+)\n"
+    assert re.fullmatch(off, capsys.readouterr().out)
 
 
 class FarPositions(nn.Module):
