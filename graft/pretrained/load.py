@@ -4,6 +4,7 @@ The architectures come from mlx-lm.
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 FINGERPRINT_VERSION = 2
+# Counts in a configuration that decide how many modules are built; real ones are below a thousand.
+_COUNTS, _LARGEST_COUNT = re.compile(r"(layers?|blocks?|experts?|depth)$"), 10_000
 
 
 def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
@@ -99,6 +102,7 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
     if "model_type" not in config:
         raise InputError("config.json has no model_type")
+    _check_counts(config)
     try:
         model_class, args_class = _get_classes(config)
     except (ValueError, AttributeError, TypeError) as error:
@@ -116,11 +120,29 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     return model
 
 
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse more layers, blocks or experts than any model has: building them could take forever.
+
+    Raises:
+        InputError: a count is above `_LARGEST_COUNT`.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif _COUNTS.search(str(name)) and isinstance(value, int) and value > _LARGEST_COUNT:
+            raise InputError(f"config.json: {name} is {value:,}, above {_LARGEST_COUNT:,}")
+
+
 def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration with all ids that end a text, which generation_config.json lists."""
     file = folder / "generation_config.json"
-    ids = read_json_file(file).get("eos_token_id") if file.is_file() else None
-    return config if ids is None else config | {"eos_token_id": ids}
+    listed = read_json_file(file).get("eos_token_id") if file.is_file() else None
+    ids = config.get("eos_token_id") if listed is None else listed
+    tokens = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int for token in tokens):
+        name = "config.json" if listed is None else file.name
+        raise InputError(f"{folder}/{name}: eos_token_id {str(ids)[:80]} is not a list of tokens")
+    return config if listed is None else config | {"eos_token_id": ids}
 
 
 def _ready(model: nn.Module) -> nn.Module:

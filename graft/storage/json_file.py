@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from graft.errors import InputError
-from graft.storage.plain_file import LARGEST_SETTINGS_BYTES, read_plain_text
+from graft.storage.plain_file import LARGEST_SETTINGS_BYTES, read_plain_bytes
 
 MOST_NESTED = 100
 # Every integer of so many digits is also a float. Python itself refuses more than 4,300.
@@ -53,7 +53,8 @@ def read_json_file(path: Path) -> dict[str, Any]:
         InputError: the file is missing, is not valid JSON or holds something else.
     """
     try:
-        content = parse_json(read_plain_text(path, most_bytes=LARGEST_SETTINGS_BYTES))
+        raw = read_plain_bytes(path, most_bytes=LARGEST_SETTINGS_BYTES)
+        content = parse_json(raw.decode("utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
