@@ -23,7 +23,7 @@ SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 LONGEST_FUNCTION, LONGEST_FILE = 60, 600
 # Tests of more than one module of their folder.
 EXTRA = {
-    "": {"house", "packaging"},
+    "": {"fuzz", "house", "packaging", "printed_commands"},
     "lora": {"command", "files", "generation", "training"},
     "adapters": {"any_model"},
     "cli": {"main"},
