@@ -2,7 +2,8 @@
 
 Metal's watchdog or a lack of memory can kill a process in ways that no handler sees. The restarted
 training has fewer rows per batch and more accumulation instead, which takes less memory and
-computes the same steps.
+computes the same steps: up to rounding, since gradients are added in other parts, and with other
+draws of dropout.
 """
 
 import os
@@ -20,6 +21,12 @@ from graft.training.run_folder import RunFolder
 SUPERVISED = "GRAFT_SUPERVISED"
 # The child of a supervisor: `lora.py` by its verb.
 COMMAND: Sequence[str] = ("-m", "graft", "lora")
+
+# Said when a restarted run will not end with the bits of an undisturbed one.
+DIFFERENCE = (
+    "; it computes the same steps up to rounding, but with --dropout it drops other inputs "
+    "than a run without a restart"
+)
 
 
 def is_supervised() -> bool:
@@ -77,11 +84,12 @@ def supervise(
         status = 128 - status if status > 128 else status
         if not _died(status) or left == 0:
             break
+        before = batch_size
         batch_size, accumulation = smaller_batches(batch_size, accumulation)
         note(
             f"the training process was killed by {signal.Signals(-status).name}; restart "
             f"{restarts - left + 1} of {restarts} with {batch_size} rows per batch and "
-            f"{accumulation} batches per step"
+            f"{accumulation} batches per step" + (DIFFERENCE if batch_size != before else "")
         )
         sizes = [f"--batch-size={batch_size}", f"--grad-accumulation-steps={accumulation}"]
         arguments = [*command, *resume(), *sizes]

@@ -36,13 +36,13 @@ sys.exit(int(ending))
 """
 
 
-def run(folder: Path, plan: str, *, restarts: int) -> tuple[int, list[str]]:
+def run(folder: Path, plan: str, *, restarts: int, batch_size: int = 4) -> tuple[int, list[str]]:
     """The exit status of a run that ends as planned, and what each process was given."""
     status = supervise(
         [sys.executable, "-I", "-S", "-c", CHILD, str(folder / "notes"), plan],
         lambda: ["--resume"],
         restarts=restarts,
-        batch_size=4,
+        batch_size=batch_size,
         accumulation=3,
     )
     return status, (folder / "notes").read_text().splitlines()
@@ -59,8 +59,18 @@ def test_after_a_death_it_goes_on_with_half_the_rows_and_that_is_said(
     assert given == ["1", "1 --resume --batch-size=2 --grad-accumulation-steps=6"]
     assert capfd.readouterr().err == (
         f"note: the training process was killed by {number}; restart 1 of 2 with 2 rows per batch "
-        "and 6 batches per step\n"
+        "and 6 batches per step; it computes the same steps up to rounding, but with --dropout it "
+        "drops other inputs than a run without a restart\n"
     )
+
+
+def test_a_single_row_restarts_as_it_was_and_no_difference_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its bits are those of `--resume`, which are those of an undisturbed run."""
+    _, given = run(tmp_path, "SIGKILL,0", restarts=1, batch_size=1)
+    assert given[1] == "1 --resume --batch-size=1 --grad-accumulation-steps=3"
+    assert capfd.readouterr().err.endswith("1 rows per batch and 3 batches per step\n")
 
 
 def test_each_restart_halves_again_until_none_is_left(
