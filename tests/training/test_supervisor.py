@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import lora
-from graft.training.supervisor import is_supervised, smaller_batches, supervise
+from graft.training.supervisor import DIFFERENCE, is_supervised, smaller_batches, supervise
 
 import mlx.core as mx
 import pytest
@@ -170,7 +170,7 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(place: Path) -> No
     assert child.returncode == 0, errors
     assert errors == (
         "note: the training process was killed by SIGKILL; restart 1 of 2 with 2 rows per batch "
-        "and 2 batches per step\n"
+        f"and 2 batches per step{DIFFERENCE}\n"
     )
     assert "changed: --batch-size 2 (the run has 4)" in told
     assert "resuming after step 3" in told
