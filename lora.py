@@ -206,7 +206,7 @@ def run_training(
     """
     run = make_run(model, splits, options, checkpoint)
     run.log.say(start_message(run))
-    with Interrupts() as interrupts, run.log, frozen_gc():
+    with run.folder.locked(), Interrupts() as interrupts, run.log, frozen_gc():
         run.folder.save_options(run.options)
         with closing(run.update):
             train_steps(run, interrupts)

@@ -5,14 +5,17 @@ renamed, so a crash, a full disk or Ctrl-C leaves the previous content untouched
 """
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graft.errors import InputError
+
+_RESERVED_AT_ONCE = 2**20
 
 
 @contextmanager
@@ -26,8 +29,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with errors_name(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with errors_name(path), _folder_of(path):
         try:
             yield temporary
             _flush(temporary)
@@ -51,8 +53,7 @@ def new_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_free(path, replace=replace)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with errors_name(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with errors_name(path), _folder_of(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -64,11 +65,68 @@ def new_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder that nobody else writes to."""
-    for pattern in (".tmp-*", ".old-*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+@contextmanager
+def _folder_of(path: Path) -> Iterator[None]:
+    """Make the folder of a path, without what killed processes left there of it.
+
+    Folders that were made for nothing are removed again.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        yield
+    finally:
+        for parent in made:
+            with suppress(OSError):  # It is not empty, and stays.
+                parent.rmdir()
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files of killed processes from a folder.
+
+    Args:
+        folder: if `name` is `None`, nobody else writes to it.
+        name: remove only those of this file, and none of processes that are still running.
+    """
+    pattern = "*" if name is None else glob.escape(name)
+    for kind in ("tmp", "old"):
+        for path in folder.glob(f".{kind}-*-{pattern}"):
+            pid = path.name.split("-")[1]
+            if name is None or (pid.isdigit() and not _is_alive(int(pid))):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # It is another user's.
+        return True
+    return True
+
+
+def reserve(path: Path) -> None:
+    """Take the space of a sparse file from the disk, before it is mapped into memory.
+
+    A disk that is full under a mapped file ends the process with SIGBUS.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        while part := file.read(_RESERVED_AT_ONCE):
+            file.seek(-len(part), os.SEEK_CUR)
+            file.write(part)
 
 
 def check_free(path: Path, *, replace: bool) -> None:
@@ -139,5 +197,7 @@ def errors_name(path: Path) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
         if error.errno not in (*refusals, errno.EEXIST, errno.ENAMETOOLONG):
+            if error.filename is None:  # What a write or a flush reports names no file.
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         raise InputError(f"cannot write {path}: {error.strerror}; choose another path") from error

@@ -20,7 +20,7 @@ from graft.data.collate import collate
 from graft.data.examples import Split
 from graft.runtime.memory import machine_bytes
 from graft.runtime.workers import Workers, in_groups
-from graft.storage.atomic import new_file
+from graft.storage.atomic import new_file, reserve
 from graft.training.frozen_prefix import (
     count_prefix_weights,
     prefix_length,
@@ -97,7 +97,11 @@ def cache_activations(
     start = time.perf_counter()
     rows = ROWS_AT_A_TIME if budget is None else 1
     store = _StatesStore((tokens, states.shape[-1]), states.dtype, path)
-    cached = store.fill(model, length, splits, rows=rows, workers=workers)
+    try:
+        cached = store.fill(model, length, splits, rows=rows, workers=workers)
+    except OSError as error:
+        say(f"activation cache: off because {path} cannot be written ({error.strerror})")
+        return dict(splits)
     remove_prefix(model, length)
     say(f"activation cache: filled in {time.perf_counter() - start:.1f} s")
     return cached
@@ -135,6 +139,7 @@ class _StatesStore:
                 states = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=self._dtype, shape=self._shape
                 )
+                reserve(temporary)
                 _compute(model, length, splits, states, rows=rows, workers=workers)
                 states.flush()
                 del states

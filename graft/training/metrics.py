@@ -66,7 +66,7 @@ class RunLog:
             with errors_name(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a", encoding="utf-8")
-                self._file.truncate(min(self._resume_at, self._file.tell()))
+                self._file.truncate(whole_lines(self._path, self._resume_at))
         self._progress.start()
         return self
 
@@ -160,6 +160,24 @@ class RunLog:
                 self._file.flush()
         if self._reporter is not None:
             self._reporter.write(line)
+
+
+def whole_lines(path: Path, most: int) -> int:
+    """The bytes of a file's lines before one that a crash tore, among its first `most` bytes."""
+    with path.open("rb") as file:
+        content = file.read(most)
+    size = content.rfind(b"\n") + 1
+    while size and not _is_json(content[content.rfind(b"\n", 0, size - 1) + 1 : size]):
+        size = content.rfind(b"\n", 0, size - 1) + 1
+    return size
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _not_finite(value: Any) -> bool:

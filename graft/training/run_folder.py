@@ -9,12 +9,15 @@ checkpoints/         what `--resume` continues from
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from graft.console import note
 from graft.errors import InputError
-from graft.storage.atomic import new_file
+from graft.storage.atomic import errors_name, new_file
+from graft.storage.folder_lock import FolderLock
 from graft.training.checkpoints import Checkpoint, CheckpointStore
 from graft.training.options import DEFAULT_ADAPTER, Options, record
 
@@ -34,6 +37,7 @@ class RunFolder:
         metrics: metrics.jsonl.
         options: run.yaml.
         store: the checkpoints.
+        lock: held by the process that trains here.
     """
 
     def __init__(self, options: Options) -> None:
@@ -42,12 +46,29 @@ class RunFolder:
         self.best = self.adapter.with_name(f"{self.adapter.stem}.best{self.adapter.suffix}")
         self.metrics = self.path / "metrics.jsonl"
         self.options = self.path / "run.yaml"
+        busy = f"another process is training in {self.path}: wait for its end, or name another "
+        self.lock = FolderLock(self.path, busy=f"{busy}--adapter-file")
         self.store = CheckpointStore(self.path / "checkpoints", keep=options.keep_checkpoints)
 
     @property
     def resume_command(self) -> str:
         """The command that continues this run."""
         return f"{program()} --resume --adapter-file {shlex.quote(str(self.adapter))}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder if there is none, and keep other processes from training in it.
+
+        Raises:
+            InputError: another process trains in it.
+        """
+        with errors_name(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def check_no_unfinished_run(self, *, force: bool) -> None:
         """Refuse to start a run where an earlier one could be continued.

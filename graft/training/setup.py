@@ -292,6 +292,9 @@ def make_run(
     for name in TRAINING_SPLITS:
         check_token_ids(model, (example.tokens for example in splits[name].examples))
     folder = RunFolder(options)
+    folder.lock.acquire()
+    if checkpoint is not None and folder.store.load()[0].step != checkpoint.step:
+        raise InputError(f"another process has continued the run in {folder.path}; resume it again")
     fingerprints: dict[str, Any] = {
         "model": fingerprint(base_parameters(model)),
         "data": {name: splits[name].fingerprint for name in TRAINING_SPLITS},

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from graft.errors import InputError
-from graft.storage.atomic import check_free, check_writable, new_file, new_folder
+from graft.storage.atomic import check_free, check_writable, new_file, new_folder, reserve
 
 import pytest
 
@@ -66,6 +67,51 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(place)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert place.read_text() == "old"
+
+
+def test_what_killed_processes_left_of_a_file_goes_with_the_next_one(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    leftovers = [f".tmp-{ended.pid}-file", f".old-{ended.pid}-file", f".tmp-{ended.pid}-other"]
+    (tmp_path / leftovers[0]).write_text("half")
+    (tmp_path / leftovers[1]).mkdir()
+    (tmp_path / leftovers[2]).write_text("of another file")
+    (tmp_path / f".tmp-{os.getppid()}-file").write_text("still written")
+    with new_file(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    left = {leftovers[2], f".tmp-{os.getppid()}-file", "file"}
+    assert set(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(ValueError), make(tmp_path / "new" / "deep" / "place"):
+        raise ValueError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT, errno.EIO])
+def test_an_error_that_names_no_file_gets_the_name_that_was_asked_for(
+    tmp_path: Path, code: int
+) -> None:
+    with pytest.raises(OSError) as caught, new_file(tmp_path / "file"):
+        raise OSError(code, os.strerror(code))
+    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("allocates", [True, False])
+def test_a_sparse_file_gets_its_space_and_keeps_its_content(
+    tmp_path: Path, allocates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not allocates:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path, size = tmp_path / "sparse", 3 * 2**20 + 5
+    with path.open("wb") as file:
+        file.write(b"head")
+        file.truncate(size)
+    reserve(path)
+    assert path.stat().st_blocks * 512 >= size
+    assert path.read_bytes() == b"head" + bytes(size - 4)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training from what enters the first adapted block equals training the whole model."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,23 @@ def test_a_file_is_used_again_for_the_same_model_data_and_cut_only(
     cache(valid=Split(make_examples([3, 4])))
     assert computed == [2, 1, 2, 2]
     assert len(list(tmp_path.glob("activations-*.npy"))) == 1
+
+
+def test_a_disk_that_is_too_full_for_the_file_leaves_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its space is taken first: a mapped file without any would end the process."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trunk, "reserve", full)
+    model, splits = make_adapted("llama", num_layers=1), make_splits()
+    cached = cache_activations(model, splits, sft, folder=tmp_path, **SETTINGS | {"mode": "disk"})
+    assert all(row.states is None for split in cached.values() for row in split.examples)
+    assert not prefix_removed(model)
+    assert "cannot be written (No space left on device)" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_nothing_lies_below_an_adapter_on_every_block(

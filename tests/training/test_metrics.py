@@ -109,6 +109,25 @@ def test_a_run_that_fails_keeps_its_lines(tmp_path: Path) -> None:
     assert len(lines(path)) == 1
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"kind": "ev', b"\0\0\0\0", b"\0\0\n", b'{"a"\n{"b": 1'])
+def test_a_line_that_a_crash_tore_is_dropped(tmp_path: Path, torn: bytes) -> None:
+    """The next one is not glued to it, however much of the file the checkpoint knows of."""
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(path, 10, plain()) as log:
+        log.event(1, "first")
+        log.event(2, "second")
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    with RunLog(path, 10, plain(), resume_at=10**9) as log:
+        log.event(3, "third")
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+    assert path.read_bytes().startswith(whole)
+    path.write_bytes(whole[:-5])
+    with RunLog(path, 10, plain(), resume_at=len(whole)) as log:
+        log.event(2, "second again")
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
 def test_seconds_count_from_the_start_and_do_not_go_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with RunLog(path, 10, plain()) as log:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lora
+from graft.storage import folder_lock
 from graft.training.options import Options
+from graft.training.run import Run
 from graft.training.run_folder import RunFolder, program
 
 import pytest
@@ -81,6 +84,44 @@ def test_a_new_run_removes_the_checkpoints_of_a_finished_one(place: Path, tmp_pa
     assert lora.main(arguments(place, tmp_path, "--iters", "3")) == 0
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["0000002", "0000003", "LATEST"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_process_in_the_folder_is_refused_and_changes_nothing(
+    place: Path,
+    tmp_path: Path,
+    resume: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 0.2)
+    seen: list[tuple[int, str]] = []
+    take = lora.take_step
+
+    def meeting(run: Run, batches: Any) -> Any:
+        if run.progress.step == 3:
+            monkeypatch.setattr(lora, "take_step", take)
+            before, _ = contents(tmp_path), capsys.readouterr()
+            second = ["--resume", *given[5:7]] if resume else given
+            seen.append((lora.main(second), capsys.readouterr().err))
+            assert contents(tmp_path) == before
+        return take(run, batches)
+
+    given = arguments(place, tmp_path)
+    monkeypatch.setattr(lora, "take_step", meeting)
+    assert lora.main(given) == 0
+    expected = f"error: another process is training in {tmp_path}: wait for its end, or name "
+    assert seen == [(2, f"{expected}another --adapter-file\n")]
+    assert lora.main(["--resume", *given[5:7]]) == 0
+
+
+def test_what_a_killed_run_left_half_written_goes(place: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("adapters.npz", "adapter_config.json", "run.yaml"):
+        (tmp_path / f".tmp-{ended.pid}-{name}").write_text("half")
+    assert lora.main(arguments(place, tmp_path)) == 0
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.fixture
