@@ -8,6 +8,7 @@ divides the rows into splits.
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,9 @@ def build_dataset(
         count = _add_rows(dataset, documentation, max_chars)
         say(f"{package.root} {package.version}: {count} rows from {documentation.modules} modules")
     dataset.splits = _divide(dataset.rows, packages, fraction=test_fraction, seed=seed)
-    card = _card(out.name, dataset, max_chars=max_chars, test_fraction=test_fraction, seed=seed)
+    # A card may be published, so it names no folder of this machine.
+    place = Path(out.name) if folder.is_absolute() else folder
+    card = _card(place, dataset, max_chars=max_chars, test_fraction=test_fraction, seed=seed)
     _write(out, dataset.splits, card, replace=force)
     return dataset
 
@@ -224,18 +227,18 @@ def _write(
 
 
 def _card(
-    name: str, dataset: BuiltDataset, *, max_chars: int, test_fraction: float, seed: int
+    folder: Path, dataset: BuiltDataset, *, max_chars: int, test_fraction: float, seed: int
 ) -> str:
     packages = {row.package.root: row.package for row in dataset.rows}
     counts = {
         split: Counter(row.package.root for row in rows) for split, rows in dataset.splits.items()
     }
     command = (
-        f"python -m graft dataset {' '.join(packages)} --out datasets/{name} "
+        f"python -m graft dataset {shlex.join(packages)} --out {shlex.quote(str(folder))} "
         f"--max-chars {max_chars} --test-fraction {test_fraction} --seed {seed}"
     )
     return dataset_card(
-        name,
+        Path(os.path.abspath(folder)).name,
         command,
         packages=list(packages.values()),
         counts=counts,

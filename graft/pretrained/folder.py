@@ -3,6 +3,7 @@
 Meta's layout has params.json; Hugging Face's has config.json, and so has what `convert.py` writes.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,5 +103,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         return config, {name: read(tensor) for name, tensor in tensors.items()}
     config, files = read_hugging_face_config(folder), weight_files(folder)
     if files[0].suffix == ".bin":
-        raise InputError(f"{folder} has PyTorch weights; convert them with convert.py")
+        raise InputError(
+            f"{folder} has PyTorch weights; convert them with "
+            f"`python -m graft convert --hf-path {shlex.quote(str(folder))}`"
+        )
     return config, {name: array for file in files for name, array in read_weight_file(file).items()}

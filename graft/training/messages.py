@@ -1,12 +1,15 @@
 """Messages printed before the first training step and after the last."""
 
+import dataclasses
 import shlex
 import signal
 
 from graft.console import bytes_text
+from graft.data.sources import find_split_sources
+from graft.errors import InputError
 from graft.runtime.memory import machine_bytes
 from graft.training.memory_plan import MemoryPlan
-from graft.training.options import Options
+from graft.training.options import DATA, Options, flag
 from graft.training.run import Run
 from graft.training.run_folder import program
 
@@ -62,7 +65,33 @@ def end_message(run: Run, received: signal.Signals | None) -> str:
     if progress.best_loss is not None:
         best = f"best validation loss {progress.best_loss:.3f} at step {progress.best_step:,}"
         lines.append(f"{best}: {folder.best}")
-    model = f" --model {shlex.quote(run.options.model)}" if run.options.model else ""
-    call = f"{program()}{model} --adapter-file {shlex.quote(str(folder.adapter))}"
-    lines += [f"evaluate it: {call} --test", f"talk to it: {call} --prompt TEXT"]
-    return "\n".join(lines)
+    call = _call(run.options, str(folder.adapter))
+    if _has_test_split(run.options):
+        lines.append(f"evaluate it: {call}{_data_options(run.options)} --test")
+    return "\n".join([*lines, f"talk to it: {call} --prompt TEXT"])
+
+
+def _call(options: Options, adapter: str) -> str:
+    """The command with a run's model and adapter, without what to do."""
+    model = f" --model {shlex.quote(options.model)}" if options.model else ""
+    return f"{program()}{model} --adapter-file {shlex.quote(adapter)}"
+
+
+def _data_options(options: Options) -> str:
+    """The options of a run that decide which tokens are evaluated, where they are not the usual."""
+    text = ""
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        decides = field.metadata["group"] == DATA or field.name == "objective"
+        if decides and value != field.default:
+            text += f" {flag(field.name)}"
+            text += "" if value is True else f" {shlex.quote(str(value))}"
+    return text
+
+
+def _has_test_split(options: Options) -> bool:
+    try:
+        find_split_sources(options.data, ["test"], valid_fraction=options.valid_fraction)
+    except InputError:
+        return False
+    return True

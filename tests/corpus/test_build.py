@@ -83,9 +83,11 @@ def test_the_files_depend_on_packages_and_seed_alone(site: Path, tmp_path: Path)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     for number, workers in enumerate(["1", "3"]):
         command = [sys.executable, "-m", "graft", "dataset", "json", "tools", "collections"]
-        command += ["--out", str(tmp_path / str(number) / "out"), "--workers", workers]
+        command += ["--out", "out", "--workers", workers]
         environment["PYTHONHASHSEED"] = str(number)
-        subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
+        place = tmp_path / str(number)
+        place.mkdir()
+        subprocess.run(command, env=environment, check=True, capture_output=True, cwd=place)
     built = files_in(tmp_path / "0" / "out")
     assert built == files_in(tmp_path / "1" / "out")
     assert build("tools", "--out", tmp_path / "one", "--seed", 1) == 0
@@ -194,7 +196,7 @@ def test_the_card_counts_rows_per_package_and_split(site: Path, tmp_path: Path) 
         assert f"| {package} | {version} | {licence} | {' | '.join(map(str, counts))} |\n" in card
     totals = " | ".join(str(len(rows[split])) for split in SPLITS)
     assert f"| all | | | {totals} |\n" in card
-    assert "python -m graft dataset tools json --out datasets/out" in card
+    assert "python -m graft dataset tools json --out out --max-chars" in card
     assert "--seed 7" in card
     assert str(tmp_path) not in card
 

@@ -180,5 +180,5 @@ def test_the_included_model_has_the_configuration_of_a_folder() -> None:
 def test_pytorch_weights_are_to_be_converted(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"convert them with convert.py"):
+    with pytest.raises(InputError, match=r"convert them with `python -m graft convert --hf-path "):
         read_folder(folder)

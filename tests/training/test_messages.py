@@ -2,11 +2,9 @@
 
 import re
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import lora
 from graft.console import bytes_text, parse_bytes
 from graft.data.batches import TrainingBatches
 from graft.data.examples import Example
@@ -20,8 +18,6 @@ from graft.training.run_folder import RunFolder
 
 import numpy as np
 import pytest
-
-from support.tiny import LLAMA, TEXTS, write_model, write_rows
 
 
 def rows(*lengths: int) -> list[Example]:
@@ -109,18 +105,3 @@ def test_after_an_early_stop_and_after_a_signal() -> None:
     assert said.startswith("stopped: 2 validations without improvement\n")
     said = message_after(progress, options, signal.SIGINT)
     assert said == f"stopped after step 7; continue with: {files.resume_command}"
-
-
-def test_the_commands_that_are_told_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_model(tmp_path / "a model", {**LLAMA, "num_hidden_layers": 1})
-    write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS, test=TEXTS)
-    monkeypatch.chdir(tmp_path)
-    where = ["--model", "a model", "--adapter-file", "run/adapters.npz"]
-    assert lora.main(["--train", "--data", "data", *where, "--iters", "2"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("train: 4 rows, ") and "trained" in told[2]
-    assert told[-2].endswith("graft lora --model 'a model' --adapter-file run/adapters.npz --test")
-    assert lora.main([*where, "--test", "--data", "data"]) == 0
-    assert lora.main([*where, "--prompt", "The", "--num-tokens", "3"]) == 0
