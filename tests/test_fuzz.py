@@ -58,6 +58,9 @@ class Case:
     options: Sequence[str] = ()
 
 
+TEST_CHATS = "lora --test --model model --data chats.jsonl --valid-fraction 0.5 --mask-prompt"
+
+
 def adapters() -> Iterator[Case]:
     files: dict[str, list[fuzz.Change]] = {
         "npz/adapters.npz": [fuzz.change_bytes, fuzz.change_zip, fuzz.change_npy],
@@ -89,8 +92,7 @@ def models() -> Iterator[Case]:
     }
     for file, changes in changed.items():
         for change in changes:
-            test = "lora --test --model model --data chats.jsonl --val-batches 1 --mask-prompt"
-            yield Case(test, f"model/{file}", change)
+            yield Case(TEST_CHATS, f"model/{file}", change)
             yield Case("convert --hf-path model --mlx-path out", f"model/{file}", change)
             if "token" not in file:
                 yield Case("targets --model model --targets q_proj", f"model/{file}", change)
@@ -111,8 +113,11 @@ def data() -> Iterator[Case]:
         "rows.jsonl": fuzz.change_lines,
         "text.txt": fuzz.change_bytes,
     }.items():
-        yield Case(f"lora --test --model model --data {file} --mask-prompt", file, change)
-        yield Case(f"lora --test --model model --data {file} --mask-prompt", file)
+        command = (
+            TEST_CHATS if file == "chats.jsonl" else f"lora --test --model model --data {file}"
+        )
+        yield Case(command, file, change)
+        yield Case(command, file)
     for _ in range(3):
         yield Case("targets --config run.yaml", "run.yaml", fuzz.change_yaml)
     yield Case("targets --config run.yaml", "run.yaml")
@@ -179,7 +184,7 @@ def options() -> Iterator[Case]:
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one small valid file of every kind."""
     folder = tmp_path_factory.mktemp("samples")
-    model = tiny.write_model(folder / "model", {**tiny.LLAMA, "num_hidden_layers": 1})
+    model = tiny.write_model(folder / "model")
     (model / "tokenizer.model").unlink()
     tiny.write_hugging_face_tokenizer(model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -200,9 +205,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     half = adapter_cases.half_layer()
     content = adapter_cases.gguf(half, adapter_cases.METADATA)
+    square = adapter_cases.half_layer(outputs=64)
     (folder / "gguf" / "adapter.gguf").write_bytes(content)
-    halves = {"layers.0.attention.wq.weight.loraA": half["blk.0.attn_v.weight.lora_a"]}
-    halves["layers.0.attention.wq.weight.loraB"] = half["blk.0.attn_v.weight.lora_b"]
+    halves = {"layers.0.attention.wq.weight.loraA": square["blk.0.attn_v.weight.lora_a"].T}
+    halves["layers.0.attention.wq.weight.loraB"] = square["blk.0.attn_v.weight.lora_b"]
     (folder / "ggla" / "ggml-adapter-model.bin").write_bytes(adapter_cases.ggla(halves))
     adapter_cases.old_npz(folder / "old" / "adapters.npz")
     tiny.write_rows(folder, rows=["The quick brown fox.", "jumps over"] * 2)
@@ -212,7 +218,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"role": "assistant", "content": "Hi", "tool_calls": calls},
     ]
     row = {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    other = {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n" * 2)
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 9)
     (folder / "run.yaml").write_text("model: model\nrank: 4\ntargets: q_proj\nalpha: 8.0\n")
     os.mkfifo(folder / "pipe")
@@ -293,6 +300,13 @@ def runner(
     before = signal.signal(signal.SIGALRM, too_long)
     yield Runner(samples, tmp_path).run
     signal.signal(signal.SIGALRM, before)
+
+
+def test_unchanged_inputs_are_read(runner: Callable[[Case, random.Random], str | None]) -> None:
+    cases = [case for kind in (adapters, models, data) for case in kind()]
+    for command in dict.fromkeys(case.command for case in cases):
+        assert graft(shlex.split(command)) == 0, command
+        shutil.rmtree("out", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", fuzz.KNOWN)

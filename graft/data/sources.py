@@ -145,6 +145,8 @@ def check_data_name(data: str) -> str:
     path = Path(data)
     if data == DEFAULT_DATA and not path.exists():
         return str(INSTALLED_DATA)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{data} is neither a file nor a folder; --data takes these")
     if path.is_file() and path.suffix not in FILE_READERS:
         raise InputError(f"{data} ends in none of {', '.join(FILE_READERS)}; --data takes these")
     # If a folder OWNER exists here, OWNER/NAME is a misspelled path.
