@@ -13,6 +13,7 @@ from graft.adapters.methods import METHODS
 from graft.adapters.rotary import REORDERINGS
 from graft.errors import InputError
 from graft.pretrained.base_config import head_count, rotary_order
+from graft.pretrained.transformers_names import layer_in_mlx_lm
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -101,17 +102,43 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, name: str) -> None:
 
 
 def in_order_of(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with the rows of q and k ordered as in `model`.
+    """The adapter with its layers named, and the rows of q and k ordered, as in `model`.
 
     Raises:
         InputError: layers that cannot be reordered; all of them named.
     """
+    adapter = under_mlx_names(model, adapter)
     config = getattr(getattr(model, "args", None), "__dict__", {})
     return reordered(
         adapter,
         rotary_order(model),
         lambda path: head_count(config, path, adapter.base_model or "the model"),
     )
+
+
+def under_mlx_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with mlx-lm's paths of the layers of `model`, in place of transformers'."""
+    layers = dict(model.named_modules()).keys()
+    architecture = str(getattr(model, "model_type", ""))
+    return renamed(adapter, lambda path: layer_in_mlx_lm(path, architecture, layers))
+
+
+def renamed(adapter: Adapter, name: Callable[[str], str]) -> Adapter:
+    """The adapter with other paths for its layers.
+
+    Args:
+        adapter: to be renamed.
+        name: from a path to the new one.
+    """
+    paths = {path: name(path) for path in adapter.layers}
+    if all(old == new for old, new in paths.items()):
+        return adapter
+    tensors = {}
+    for full, array in adapter.tensors.items():
+        path, _, tensor = full.rpartition(".")
+        tensors[f"{paths.get(path, path)}.{tensor}"] = array
+    layers = {paths[path]: config for path, config in adapter.layers.items()}
+    return replace(adapter, tensors=tensors, layers=layers)
 
 
 def reordered(adapter: Adapter, rotary: str, heads: Callable[[str], int | None]) -> Adapter:

@@ -22,6 +22,7 @@ from graft.errors import InputError, RunError
 from graft.exporting.fused_model import WEIGHTS, Fusion, quantized_bits, write_fused_model
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
+from graft.pretrained.transformers_names import KNOWN
 from graft.pretrained.vocabulary import check_token_ids
 from graft.quantization.bit_allocation import BitAllocator
 from graft.quantization.divergence import Comparison, Sample, compare, take_sample
@@ -104,6 +105,11 @@ def _fuse_and_check(
     fusion: Fusion, folder: Path, max_kl: float | None, check_data: str | None
 ) -> FusionResult:
     model, tokenizer, config = load_model(fusion.model)
+    if fusion.dequantize and config["model_type"] not in KNOWN:
+        note(
+            "the tensors keep mlx-lm's names: it loads the folder, but transformers may not, as "
+            f"its names for {config['model_type']} are not known"
+        )
     trained_on = fusion.adapter.options.get("data")
     examples, calibration = sample_text(tokenizer, config, named=check_data, trained_on=trained_on)
     check_token_ids(model, (example.tokens for example in [*examples, *calibration]))

@@ -25,6 +25,7 @@ from graft.pretrained.base_config import head_count, is_tied, rotary_order
 from graft.pretrained.companions import copy_companions
 from graft.pretrained.folder import EMBEDDED_MODEL, find_folder
 from graft.pretrained.lazy_model import BaseFiles, open_base
+from graft.pretrained.transformers_names import KNOWN, in_transformers
 from graft.quantization.choose import UNQUANTIZED, Quantization, can_quantize, settings_like
 from graft.storage.lazy_tensors import Output, read, size_bytes, without_buffer_cache
 from graft.storage.safetensors import load_safetensors, write_safetensors
@@ -71,11 +72,16 @@ def write_fused_model(fusion: Fusion, folder: Path) -> tuple[int, int]:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(open_base(source, scratch))
+        tied = is_tied(base.model)
         apply_adapter(base.model, fusion.adapter, name=fusion.name)
-        _refuse_input_embeddings(base)
+        if tied:
+            _refuse_input_embeddings(base)
         before = sum(size_bytes(t) for t in base.tensors.values())
         stack.enter_context(without_buffer_cache())
         config, outputs = _plan(fusion, base)
+        if fusion.dequantize and base.config["model_type"] in KNOWN:
+            outputs = in_transformers(outputs, base.config["model_type"])
+            config["tie_word_embeddings"] = tied
         write_safetensors(folder / WEIGHTS, outputs)
         copy_companions(source, folder)
         _save_config(config, folder)
@@ -226,10 +232,9 @@ def _over(base: nn.Module, layer: Any) -> Any:
 
 
 def _refuse_input_embeddings(base: BaseFiles) -> None:
-    tied = is_tied(base.model)
     inputs = (EMBEDDING_INPUT.name, EMBEDDING_COLUMNS.name)
     paths = [path for path, layer in lora_layers(base.model) if layer.kind in inputs]
-    if tied and paths:
+    if paths:
         raise InputError(
             f"{paths[0]} is adapted for the input only but shares its weight with the output: one "
             "weight cannot be both; use the adapter without fusing it"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from graft.adapters.adapter import Adapter, reordered
+from graft.adapters.adapter import Adapter, reordered, under_mlx_names
 from graft.adapters.factors import Factors, factors_of, from_factors
 from graft.adapters.layer_kinds import CONV, EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINEAR
 from graft.adapters.svd import truncated_svd
@@ -268,11 +268,13 @@ def _check_shapes(all_factors: Sequence[Mapping[str, Factors]]) -> None:
 
 
 def in_one_order(adapters: Sequence[Adapter], base: BaseConfig | None) -> list[Adapter]:
-    """Adapters with the rows of q and k in one order.
+    """Adapters with one name for each layer, and the rows of q and k in one order.
 
     Raises:
         InputError: the orders differ, and the base model is not known.
     """
+    if base is not None:
+        adapters = [under_mlx_names(base.model, adapter) for adapter in adapters]
     if len({adapter.rotary for adapter in adapters}) <= 1:
         return list(adapters)
     if base is None:

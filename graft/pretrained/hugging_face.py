@@ -23,6 +23,16 @@ WEIGHT_FILES: tuple[tuple[str, str, Opener], ...] = (
     ("pytorch_model", ".bin", open_torch_file),
 )
 
+# By architecture, from the name that mlx-lm reads to the one that transformers 5 writes.
+_OLDER_NAMES = {
+    "gpt2": {"n_ctx": "n_positions"},
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    "mellum": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+}
+# Architectures that mlx-lm does not build without this setting, which may be null.
+_NEED_ROPE_SCALING = ("exaone4", "glm4_moe")
+
 
 def open_hugging_face_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Find the tensors of a Hugging Face folder without reading them.
@@ -47,7 +57,7 @@ def read_hugging_face_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or damaged, or the model needs code from its folder.
     """
-    config = with_rope_settings(read_json_file(folder / "config.json"))
+    config = with_older_names(with_rope_settings(read_json_file(folder / "config.json")))
     if "model_file" in config:
         raise InputError(
             f"{folder}/config.json needs {config['model_file']} to be run, which Graft does not do"
@@ -78,6 +88,14 @@ def with_rope_settings(config: dict[str, Any]) -> dict[str, Any]:
         flat["rope_scaling"] = {name: full[name] for name in full if name not in flat}
     known = {name for name, value in config.items() if value is not None}
     return config | {n: v for n, v in flat.items() if v is not None and n not in known}
+
+
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Add settings that mlx-lm reads under names that transformers 5 does not write."""
+    names = _OLDER_NAMES.get(str(config.get("model_type")), {})
+    found = {older: config[name] for older, name in names.items() if config.get(name) is not None}
+    required = {"rope_scaling": None} if config.get("model_type") in _NEED_ROPE_SCALING else {}
+    return required | found | config
 
 
 def weight_files(folder: Path) -> list[Path]:

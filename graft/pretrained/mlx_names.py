@@ -75,6 +75,9 @@ def sanitized(model: nn.Module, arrays: dict[str, mx.array], source: str) -> dic
     """
     if not hasattr(model, "sanitize"):
         return arrays
+    # transformers saves GPT-2 with this beginning; the files on the Hub and mlx-lm have none.
+    if model.model_type == "gpt2":
+        arrays = {name.removeprefix("transformer."): array for name, array in arrays.items()}
     try:
         renamed: dict[str, mx.array] = model.sanitize(dict(arrays))
     except Exception as error:  # every architecture fails in its own way

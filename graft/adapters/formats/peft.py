@@ -25,6 +25,13 @@ from graft.adapters.layer_kinds import (
 from graft.errors import InputError
 from graft.pretrained.architectures import HALVES
 from graft.pretrained.base_config import BaseConfig
+from graft.pretrained.module_paths import collapsed
+from graft.pretrained.transformers_names import (
+    depends_on_architecture,
+    is_lost_in_peft,
+    layer_in_transformers,
+    layers_are_known,
+)
 from graft.storage.atomic import new_folder
 from graft.storage.json_file import read_json_file
 from graft.storage.tensor_file import read_tensor_file
@@ -196,6 +203,8 @@ def write_peft(
         raise InputError("to order the rows of q and k, name the base model with --model")
     factors = factors_of(adapter, holder="PEFT", kinds=_KINDS, dora=True)
     factors, notes = _untied(factors, base)
+    factors, unknown = _under_their_names(factors, base)
+    notes += unknown
     dora = [path for path, layer in factors.items() if layer.magnitude is not None]
     if dora and len(dora) < len(factors):
         raise InputError(
@@ -262,6 +271,30 @@ def _to_peft(factors: Factors) -> dict[str, mx.array]:
         shape = (1, -1, *ones) if ones else (-1,)
         tensors[".lora_magnitude_vector"] = factors.magnitude.reshape(shape)
     return tensors
+
+
+def _under_their_names(
+    factors: dict[str, Factors], base: BaseConfig | None
+) -> tuple[dict[str, Factors], list[str]]:
+    """The same under transformers' paths; with a note if those are not known."""
+    if base is None:
+        if unclear := [path for path in factors if depends_on_architecture(path)]:
+            raise InputError(
+                f"transformers' name of {unclear[0]} depends on the base model: "
+                "name it with --model"
+            )
+        return factors, []
+    if not layers_are_known(base.architecture):
+        return factors, [
+            f"the layers keep mlx-lm's names: transformers' for {base.architecture} are not known"
+        ]
+    if lost := [path for path in factors if is_lost_in_peft(path, base.architecture)]:
+        raise InputError(
+            f"PEFT would not apply adapters to these layers of {base.architecture}, as they are no "
+            f"linear layers in transformers or PEFT takes their names for those of experts: "
+            f"{', '.join(collapsed(lost))}"
+        )
+    return {layer_in_transformers(p, base.architecture): f for p, f in factors.items()}, []
 
 
 def _untied(

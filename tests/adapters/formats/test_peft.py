@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.adapters.adapter import apply_adapter
+from graft.adapters.adapter import Adapter, apply_adapter
 from graft.adapters.files import load_adapter
 from graft.adapters.formats.mlx_lm import write_mlx_lm
 from graft.adapters.formats.peft import write_peft
@@ -50,6 +50,19 @@ def test_peft_s_names_shapes_and_configuration(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 6)
     assert config["target_modules"] == list(SHAPES)
+
+
+def test_a_name_that_depends_on_the_base_model_needs_it(tmp_path: Path) -> None:
+    path = "model.h.0.attn.c_attn"
+    tensors = {f"{path}.lora_a": normal(64, 4), f"{path}.lora_b": normal(4, 192)}
+    adapter = Adapter(tensors, {path: LayerConfig(4, 6.0)})
+    assert "--model" in refusal(lambda: write_peft(adapter, tmp_path / "p"))
+    sizes = {"n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 1, "n_positions": 64}
+    config = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "vocab_size": 400, **sizes}
+    gpt2 = BaseConfig("tiny", config)
+    assert write_peft(adapter, tmp_path / "p", base=gpt2) == []
+    tensors = mx.load(str(tmp_path / "p" / "adapter_model.safetensors"))
+    assert all(name.startswith("base_model.model.transformer.h.0.") for name in tensors)
 
 
 def test_a_tied_embedding_goes_through_peft_as_two_layers(tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ from graft.adapters.targets import plan
 from graft.exporting.fused_model import Fusion, write_fused_model
 from graft.pretrained.base_config import read_base_config
 from graft.pretrained.load import read_model
+from graft.pretrained.transformers_names import is_lost_in_peft
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+
+from support.paths import ROOT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,6 +59,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+# Architectures whose names or layouts in transformers are not mlx-lm's, as small as in
+# tests/support/data, with what transformers needs besides.
+RENAMED: dict[str, dict[str, Any]] = {
+    "afmoe": {},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "dots1": {"num_experts_per_tok": 2},
+    "exaone_moe": {},
+    "falcon_mamba": {},
+    "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {"head_dim": None},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 512},
+    "gptj": {},
+    "granitemoe": {},
+    "lfm2": {},
+    "mamba": {},
+    "minimax_m2": {},
+    "mixtral": {},
+    "olmoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
+}
+CONFIGS = json.loads((ROOT / "tests/support/data/architectures.json").read_text())
+QUICK = ("gpt2", "gptj", "mixtral")
+
+
 def logits(model: Any) -> np.ndarray:
     if isinstance(model, torch.nn.Module):
         with torch.no_grad():
@@ -63,10 +94,10 @@ def logits(model: Any) -> np.ndarray:
     return np.array(model(mx.array(IDS)).astype(mx.float32))
 
 
-def save_base(architecture: str, settings: dict[str, Any], folder: Path) -> None:
+def save_base(settings: dict[str, Any], folder: Path) -> None:
     """A model of transformers whose norms, biases and matrices are all random."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(architecture, **SMALL | settings)
+    config = transformers.AutoConfig.for_model(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
@@ -107,15 +138,12 @@ def close(found: np.ndarray, expected: np.ndarray, base: np.ndarray) -> None:
     assert np.abs(found - expected).max() < 2e-3 * effect
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_adapter_computes_the_same_in_graft_peft_and_fused(
-    architecture: str, tmp_path: Path
-) -> None:
-    base, exported, fused = (tmp_path / name for name in ("base", "peft", "fused"))
-    save_base(architecture, ARCHITECTURES[architecture], base)
+def check_everywhere(base: Path, targets: str, folder: Path) -> None:
+    """An adapter in Graft, in PEFT, read back from PEFT's files, and fused in both libraries."""
+    exported, fused = folder / "peft", folder / "fused"
     plain = logits(in_transformers(base))
     np.testing.assert_allclose(logits(read_model(base)[0]), plain, atol=1e-3 * abs(plain).max())
-    model = trained(base)
+    model = trained(base, targets)
     expected = logits(model)
     adapter = adapter_of(model, base_model=str(base))
     write_peft(adapter, exported, base=read_base_config(str(base)))
@@ -132,6 +160,39 @@ def test_an_adapter_computes_the_same_in_graft_peft_and_fused(
     close(logits(read_model(fused)[0]), expected, plain)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_computes_the_same_in_graft_peft_and_fused(
+    architecture: str, tmp_path: Path
+) -> None:
+    save_base({"model_type": architecture} | SMALL | ARCHITECTURES[architecture], tmp_path / "base")
+    check_everywhere(tmp_path / "base", "all-linear", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(RENAMED)
+    ],
+)
+def test_names_and_layouts_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
+    settings = CONFIGS[architecture] | {"pad_token_id": 0} | RENAMED[architecture]
+    settings = {name: value for name, value in settings.items() if value is not None}
+    save_base(settings, tmp_path / "base")
+    model, _ = read_model(tmp_path / "base")
+    targets = [p for p, m in model.named_modules() if can_go_to_peft(p, m, architecture)]
+    check_everywhere(tmp_path / "base", ",".join(targets), tmp_path)
+
+
+def can_go_to_peft(path: str, layer: Any, architecture: str) -> bool:
+    """Linear layers that rank 4 suits, without what is refused."""
+    return (
+        type(layer) is nn.Linear
+        and min(layer.weight.shape) >= 4
+        and not is_lost_in_peft(path, architecture)
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "recorded"),
     [("llama", True), ("cohere", True), ("cohere", False), ("gemma3_text", False)],
@@ -142,7 +203,7 @@ def test_an_adapted_embedding_is_tied_as_in_the_built_model(
     """Also where config.json does not say whether it is."""
     base, exported = tmp_path / "base", tmp_path / "peft"
     tied = {"tie_word_embeddings": True} if architecture == "llama" else {}
-    save_base(architecture, ARCHITECTURES[architecture] | tied, base)
+    save_base({"model_type": architecture} | SMALL | ARCHITECTURES[architecture] | tied, base)
     if not recorded:
         config = json.loads((base / "config.json").read_text())
         config.pop("tie_word_embeddings", None)
