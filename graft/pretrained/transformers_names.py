@@ -166,7 +166,7 @@ def is_lost_in_peft(path: str, architecture: str) -> bool:
     without calling the layer. In a mixture of experts, PEFT takes the names of the projections for
     those of the experts (`_convert_peft_config_moe` there).
     """
-    ends = _LOST_IN_MAMBA if architecture in ("falcon_mamba", "mamba") else ()
+    ends: tuple[str, ...] = _LOST_IN_MAMBA if architecture in ("falcon_mamba", "mamba") else ()
     if architecture in _MIXTURES:
         ends += _ROUTERS
         ends += () if architecture in _TAKEN_FOR_WHAT_THEY_ARE else _PROJECTIONS
