@@ -107,7 +107,7 @@ def in_order_of(model: nn.Module, adapter: Adapter) -> Adapter:
     Raises:
         InputError: layers that cannot be reordered; all of them named.
     """
-    adapter = under_mlx_names(model, adapter)
+    adapter = with_mlx_paths(model, adapter)
     config = getattr(getattr(model, "args", None), "__dict__", {})
     return reordered(
         adapter,
@@ -116,7 +116,7 @@ def in_order_of(model: nn.Module, adapter: Adapter) -> Adapter:
     )
 
 
-def under_mlx_names(model: nn.Module, adapter: Adapter) -> Adapter:
+def with_mlx_paths(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with mlx-lm's paths of the layers of `model`, in place of transformers'."""
     layers = dict(model.named_modules()).keys()
     architecture = str(getattr(model, "model_type", ""))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.adapter import Adapter, apply_adapter, under_mlx_names
+from graft.adapters.adapter import Adapter, apply_adapter, with_mlx_paths
 from graft.adapters.formats import detect_format, writable_formats
 from graft.errors import InputError
 from graft.pretrained.base_config import BaseConfig, read_base_config
@@ -41,7 +41,7 @@ def export(
     if isinstance(base, str):
         base = read_base_config(base)
     if base is not None:
-        adapter = under_mlx_names(base.model, adapter)
+        adapter = with_mlx_paths(base.model, adapter)
     assert format.write is not None
     return format.write(adapter, out, base=base, force=force)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from graft.adapters.adapter import Adapter, reordered, under_mlx_names
+from graft.adapters.adapter import Adapter, reordered, with_mlx_paths
 from graft.adapters.factors import Factors, factors_of, from_factors
 from graft.adapters.layer_kinds import CONV, EMBEDDING, EMBEDDING_INPUT, EXPERTS, LINEAR
 from graft.adapters.svd import truncated_svd
@@ -274,7 +274,7 @@ def in_one_order(adapters: Sequence[Adapter], base: BaseConfig | None) -> list[A
         InputError: the orders differ, and the base model is not known.
     """
     if base is not None:
-        adapters = [under_mlx_names(base.model, adapter) for adapter in adapters]
+        adapters = [with_mlx_paths(base.model, adapter) for adapter in adapters]
     if len({adapter.rotary for adapter in adapters}) <= 1:
         return list(adapters)
     if base is None:
