@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from graft.console import one_line
+from graft.console import did_you_mean, one_line
 from graft.errors import InputError, RunError
 
 MOST_DIGITS, LONGEST_MESSAGE = 40, 500
+# Options whose value is a text that may be empty.
+MAY_BE_EMPTY = ("prompt", "system")
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -26,11 +28,14 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that shows every default.
 
     Its errors are `InputError`s, without the list of all options before them. Numbers are finite,
-    whole ones have at most 64 bits, and arguments are UTF-8.
+    whole ones have at most 64 bits, and arguments are UTF-8. Options are written out, since an
+    abbreviation can mean another one, and have a value, since an empty one is most often that of
+    a shell variable that is not set.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter, **settings})
+        usual = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **{**usual, **settings})
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
 
@@ -43,7 +48,21 @@ class Parser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         if unreadable := [text for text in given if not _is_utf8(text)]:
             raise InputError(f"the argument {unreadable[0]!a} is not UTF-8")
-        return super().parse_known_args(given, namespace)
+        found, unknown = super().parse_known_args(given, namespace)
+        if unknown:
+            hints = [f"({hint})" for hint in map(self._hint, unknown) if hint]
+            self.error(f"unrecognized arguments: {' '.join([*unknown, *hints])}")
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if action.dest not in MAY_BE_EMPTY and (value == "" or value == [""]):
+                name = "/".join(action.option_strings) or action.metavar or action.dest
+                self.error(f"argument {name}: its value is empty")
+        return found, unknown
+
+    def _hint(self, argument: str) -> str:
+        name = argument.partition("=")[0]
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        return did_you_mean(name, known) if name.startswith("--") else ""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.

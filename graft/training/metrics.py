@@ -67,6 +67,8 @@ class RunLog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a", encoding="utf-8")
                 self._file.truncate(whole_lines(self._path, self._resume_at))
+        if self._reporter is not None:
+            self._reporter.start(self._lines())
         self._progress.start()
         return self
 
@@ -82,6 +84,11 @@ class RunLog:
                 self._file.close()
         if self._reporter is not None:
             self._reporter.close()
+
+    @property
+    def run_id(self) -> str | None:
+        """What the reporter's service calls this run."""
+        return None if self._reporter is None else self._reporter.run_id
 
     @property
     def size_bytes(self) -> int:
@@ -149,6 +156,12 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the live line."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if self._path is None:
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     def _write(self, kind: str, **values: Any) -> None:
         line = {"kind": kind, **values, "seconds": round(self.seconds, 3)}

@@ -217,7 +217,9 @@ class Options:
         at_least=0,
         resumable=True,
     )
-    learning_rate: float = option(1e-4, "peak learning rate", group=STEPS, at_least=0)
+    learning_rate: float = option(
+        1e-4, "peak learning rate", group=STEPS, flags=("--lr",), at_least=0
+    )
     optimizer: str = option("adam", "optimizer", group=STEPS, choices=tuple(OPTIMIZERS))
     lr_schedule: str = option(
         "constant", "learning rate after the warm-up", group=STEPS, choices=tuple(SCHEDULES)
@@ -493,6 +495,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
         return value, f"{field.name}: {value!r} is a {found}, expected {wanted}"
     choices, least = field.metadata["choices"], field.metadata["at_least"]
     given = f"{flag(field.name)} {value}"
+    if value == "" and field.name != "prompt":
+        return value, f"{flag(field.name)}: its value is empty"
     if choices is not None and value not in choices:
         return value, f"{given}: give one of {', '.join(choices)}"
     if least == -1 and value == 0:

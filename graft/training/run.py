@@ -102,6 +102,7 @@ class Run:
             "plan": asdict(self.plan),
             "fixed": self.fingerprints,
             "adapter": layers_record(self.model),
+            "report_id": self.log.run_id,
         }
         arrays = self.update.state() | constant_arrays(self.model)
         self.folder.store.save(self.progress.step, arrays, state)

@@ -371,13 +371,16 @@ def make_log(
 ) -> RunLog:
     """The log of a run, cut back to what `checkpoint` knew of it."""
     state = checkpoint.state if checkpoint is not None else None
-    name = options.report_to
+    name, run_id = options.report_to, None
+    # Another service would not know the name.
+    if state is not None and state["options"].get("report_to") == name:
+        run_id = state.get("report_id")
     return RunLog(
         folder.metrics,
         steps,
         resume_at=state["metrics_bytes"] if state else 0,
         seconds=state["progress"]["seconds"] if state else 0.0,
-        reporter=REPORTERS[name](folder.path, record(options)) if name else None,
+        reporter=REPORTERS[name](folder.path, record(options), run_id) if name else None,
     )
 
 

@@ -1,10 +1,13 @@
 """graft/errors.py: how a command ends."""
 
+import argparse
 import errno
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from graft import __main__
 from graft.cli.command import Parser, command
 from graft.errors import InputError
 
@@ -93,3 +96,48 @@ def test_a_closed_pipe_ends_silently() -> None:
     assert child.stderr.read() == b""
     child.stderr.close()
     assert child.wait(timeout=30) == 1
+
+
+def read(*arguments: str) -> argparse.Namespace:
+    parser = Parser()
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--data")
+    parser.add_argument("--prompt")
+    parser.add_argument("files", nargs="*")
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epoch", "2"], "unrecognized arguments: --epoch (did you mean '--epochs'?)"),
+        (["--epoch=2"], "unrecognized arguments: --epoch=2 (did you mean '--epochs'?)"),
+        (["--dat", "x"], "unrecognized arguments: --dat (did you mean '--data'?)"),
+        (["--nonesuch"], "unrecognized arguments: --nonesuch;"),
+        (["--data="], "argument --data: its value is empty"),
+        (["--data", ""], "argument --data: its value is empty"),
+        ([""], "argument files: its value is empty"),
+    ],
+)
+def test_abbreviated_and_empty_options_are_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(*arguments)
+    assert said in str(caught.value)
+
+
+def test_a_prompt_may_be_empty() -> None:
+    assert read("--prompt", "").prompt == ""
+
+
+@pytest.mark.parametrize("verb", __main__.VERBS)
+def test_every_option_of_every_verb_shows_its_default(verb: str) -> None:
+    """Those that are 0 too."""
+    module = importlib.import_module(__main__.VERBS[verb][0].partition(":")[0])
+    parser = module.build_parser()
+    formatter = parser.formatter_class("prog")
+    shown = [action for action in parser._actions if action.help not in (None, argparse.SUPPRESS)]
+    for action in shown:
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "(default: " in formatter._get_help_string(action), action.option_strings
+            if action.default == 0:
+                assert "(default: %(default)s" in formatter._get_help_string(action)

@@ -1,15 +1,19 @@
 """graft/__main__.py: the verb table."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 from graft import __main__, __version__
+from graft.adapters.formats.graft import write_adapter
 
 import pytest
 
+from support.fusion_cases import adapted
 from support.paths import ROOT
+from support.tiny import write_model
 
 
 def graft(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -82,3 +86,39 @@ def test_a_user_s_own_modules_are_not_taken_for_graft_s(tmp_path: Path) -> None:
     done = graft("lora", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
+
+
+def _limit_files() -> None:
+    """Files of at most 3,000 bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert --hf-path model --mlx-path new/model",
+        "fuse adapters.npz --model model --out new/model",
+        "merge adapters.npz adapters.npz --out new/merged",
+        "merge adapters.npz adapters.npz --out new/merged.safetensors",
+        "export adapters.npz --to peft --out new/peft",
+        "export adapters.npz --to mlx-lm --out new/mlx",
+        "export adapters.npz --to gguf --model model --out new/adapter.gguf",
+        "dataset yaml --out new/data",
+    ],
+)
+def test_what_finds_no_room_is_one_line_and_leaves_nothing(tmp_path: Path, command: str) -> None:
+    write_adapter(tmp_path / "adapters.npz", adapted(write_model(tmp_path / "model"))[1])
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "graft", *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=_limit_files,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (1, 2) and "new/" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before

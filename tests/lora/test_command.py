@@ -155,7 +155,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "dropout below 0": (["--train", "--dropout", "-0.1"], ["--dropout -0.1", "at least 0"]),
     "batch size 0": (["--train", "--batch-size", "0"], ["--batch-size 0", "at least 1"]),
     "iters 0": (["--train", "--iters", "0"], ["--iters 0", "at least 1"]),
-    "rate nan": (["--train", "--learning-rate", "nan"], ["--learning-rate nan"]),
+    "rate nan": (["--train", "--learning-rate", "nan"], ["--learning-rate", "nan"]),
     "temperature below 0": (["--prompt", "a", "--temp", "-1"], ["--temp -1", "at least 0"]),
     "seed too large": (["--train", "--seed", "4294967296"], ["--seed 4294967296", "4294967295"]),
     "no validation": (["--train", "--val-batches", "0"], ["--val-batches", "-1 for all"]),

@@ -12,6 +12,7 @@ import lora
 from graft.errors import InputError
 from graft.training.options import REPORTERS as REPORTER_NAMES
 from graft.training.reporters import REPORTERS, numbers
+from graft.training.run import Run
 
 import pytest
 
@@ -82,9 +83,12 @@ class Wandb(ModuleType):
         self.config: dict[str, Any] = {}
         self.logged: list[tuple[str, int, float]] = []
         self.finished = 0
+        self.ids: list[str] = []
 
-    def init(self, *, dir: str, config: dict[str, Any]) -> "Wandb":
+    def init(self, *, dir: str, config: dict[str, Any], id: str, resume: str) -> "Wandb":
+        assert resume == "allow"
         self.config = config
+        self.ids.append(id)
         return self
 
     def log(self, values: dict[str, float], *, step: int) -> None:
@@ -111,8 +115,70 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     needed = f"--report-to {name} needs {module}: pip install 'graft-mlx\\[{name}\\]'"
     with pytest.raises(InputError, match=needed):
-        REPORTERS[name](tmp_path / "run", {})
+        REPORTERS[name](tmp_path / "run", {}, None)
     assert not (tmp_path / "run").exists()
+
+
+class EventWriter:
+    """Takes what tensorboardX would: a file for each writer."""
+
+    def __init__(self, *, logdir: str) -> None:
+        Path(logdir).mkdir(parents=True, exist_ok=True)
+        number = len(list(Path(logdir).iterdir()))
+        self._path = Path(logdir, f"events.out.tfevents.{number}")
+        self._lines: list[str] = []
+
+    def add_scalar(self, name: str, value: float, step: int, *, walltime: float) -> None:
+        self._lines.append(json.dumps([name, step, value]))
+        self._path.write_text("\n".join(self._lines))
+
+    def close(self) -> None:
+        assert self._lines
+
+
+def killed_at(step: int, *arguments: str) -> None:
+    """Two steps after a checkpoint, of which both services have heard."""
+    take = lora.take_step
+
+    def taking(run: Run, batches: Any) -> Any:
+        if run.progress.step == step:
+            raise Killed
+        return take(run, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(lora, "take_step", taking)
+        train("--steps-per-report", "1", *arguments)
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def test_tensorboard_holds_no_step_twice_after_resuming(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = ModuleType("tensorboardX")
+    monkeypatch.setattr(stand_in, "SummaryWriter", EventWriter, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboardX", stand_in)
+    killed_at(3, "--report-to", "tensorboard")
+    assert lora.main(["--resume", "--adapter-file", "run/adapters.npz"]) == 0
+    (file,) = Path("run/tensorboard").iterdir()
+    found = [tuple(json.loads(line)) for line in file.read_text().splitlines()]
+    assert found == expected()
+    assert [step for name, step, _ in found if name == "train/loss"] == [1, 2, 3, 4]
+
+
+def test_wandb_continues_the_run_that_is_resumed_and_no_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    killed_at(3, "--report-to", "wandb")
+    assert lora.main(["--resume", "--adapter-file", "run/adapters.npz"]) == 0
+    assert train("--report-to", "wandb") == 0
+    first, second, third = wandb.ids
+    assert first == second != third
 
 
 def test_reporting_elsewhere_changes_nothing_in_the_run_and_may_begin_on_resuming(
