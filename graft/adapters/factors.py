@@ -115,6 +115,8 @@ def _pad_with_zeros(array: mx.array, axis: int, count: int) -> mx.array:
 def alpha_for(scale: float, rank: int) -> float:
     """An alpha whose quotient by `rank` is `scale`, to the last bit if there is one."""
     alpha = scale * rank
+    if not math.isfinite(alpha):
+        return alpha  # `from_factors` refuses it
     near = (alpha, float(round(alpha)), math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
     return next((value for value in near if value / rank == scale), alpha)
 

@@ -67,6 +67,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         quantize_as_saved(model, config["quantization"], weights)
     check_fit(parameters_of(model), weights, str(folder))
     model.load_weights(list(weights.items()))
+    check_runs(model, config)
     try:
         return _ready(model), config
     except RuntimeError as error:  # for example out of memory
@@ -110,6 +111,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
         raise InputError(
             f"unknown architecture {config['model_type']!r}: mlx-lm has none"
         ) from error
+    except (ImportError, SystemExit) as error:  # a module of mlx-lm ends the process
+        raise InputError(
+            f"mlx-lm needs another package for the architecture {config['model_type']}"
+        ) from error
     try:
         model: nn.Module = model_class(args_class.from_dict(config))
     except Exception as error:  # every architecture fails in its own way
@@ -118,6 +123,22 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return model
+
+
+def check_runs(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose settings fail only when it is used; nothing is computed.
+
+    Raises:
+        InputError: a setting has a type that no computation takes.
+    """
+    try:
+        model(mx.array([[0]]))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json does not describe a {config['model_type']} that runs: {first_line(error)}"
+        ) from error
+    except Exception:  # some architectures need a cache, or more than token ids
+        return
 
 
 def _check_counts(config: Mapping[str, Any]) -> None:

@@ -285,6 +285,13 @@ KNOWN: dict[str, tuple[str, str, bytes]] = {
         ).encode(),
     ),
     "a billion layers": ("targets --model model", CONFIG, b'"num_hidden_layers": 1000000000'),
+    "a module that exits": ("targets --model model", CONFIG, b'"model_type": "olmo"'),
+    "a setting of text": ("targets --model model", CONFIG, b'"rope_theta": "x"'),
+    "a scale of 1e308": (
+        "inspect mlx",
+        "mlx/adapter_config.json",
+        b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 1e308}}',
+    ),
     "a size of text": ("targets --model model", CONFIG, b'"hidden_size": "x"'),
     "a list of sizes": ("targets --model model", CONFIG, b'"num_attention_heads": [4]'),
     "no heads": ("targets --model model", CONFIG, b'"num_attention_heads": 0'),
