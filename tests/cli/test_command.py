@@ -3,9 +3,12 @@
 import argparse
 import errno
 import importlib
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from graft import __main__
 from graft.cli.command import Parser, command
@@ -68,6 +71,76 @@ def test_a_mistyped_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)
     assert "--rank: invalid int value: 'eight'" in printed.err
+
+
+def test_a_file_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300)) == 2
+    assert capsys.readouterr().err == f"error: cannot use {'a' * 300}: File name too long\n"
+
+
+def test_a_message_of_several_lines_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(InputError("there is no a\nb")) == 2
+    assert capsys.readouterr().err == "error: there is no a b\n"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["9" * 5000, "1" * 41, "x" * 5000, "nan", "inf", "1e999", "\udcff", "\ud800", str(2**63), ""],
+)
+def test_numbers_are_finite_and_arguments_are_utf8(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = Parser()
+        parser.add_argument("--rank", type=int)
+        parser.add_argument("--alpha", type=float)
+        parser.parse_args(argv)
+        return 0
+
+    whole = argument not in ("nan", "inf", "1e999")
+    assert main([f"--rank={argument}" if whole else f"--alpha={argument}"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and len(message) < 700
+
+
+PRINTS = (
+    "import sys\n"
+    "from graft.cli.command import command\n"
+    "@command\n"
+    "def main(argv=None):\n"
+    "    sys.stdin.read()\n"
+    "    print('Ä🙂', 'x' * 100_000, flush=True)\n"
+    "    print('note: Ä', file=sys.stderr)\n"
+    "    return 0\n"
+    "sys.exit(main())\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("streams", "status", "errors"),
+    [
+        ("< /dev/null > /dev/null", 0, "note: \\xc4\n"),
+        ("<&- > /dev/null", 0, "note: \\xc4\n"),
+        ("< /dev/null >&-", 0, "note: \\xc4\n"),
+        ("<&- >&- 2>&-", 0, ""),
+        ("< /dev/null > /dev/full", 1, "error: no space left on disk while writing the output\n"),
+        ("< in", 0, "note: \\xc4\n"),
+    ],
+)
+def test_streams_may_be_ascii_closed_or_full(
+    streams: str, status: int, errors: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").write_bytes(b"\xff\xfe")
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(PRINTS)} {streams}",
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (status, errors)
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "I/O error"), OSError()])

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import graft  # noqa: F401
 from graft.runtime import cpu as backend
@@ -335,3 +336,20 @@ def test_dropout_leaves_the_update_apart() -> None:
     assert not layer.multiplies_at_once(x)
     layer.eval()
     assert layer.multiplies_at_once(x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not compile C++")
+def test_a_temporary_folder_that_cannot_be_used_turns_compiling_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turned_off: list[bool] = []
+    monkeypatch.setattr("graft.runtime.cpu.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("graft.runtime.cpu.shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(mx, "disable_compile", lambda: turned_off.append(True))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    backend.check_compiler()
+    assert not turned_off
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    backend.check_compiler()
+    assert turned_off
+    assert f"the temporary folder {tmp_path / 'none'} cannot be written" in capsys.readouterr().err
