@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graft.cli.command import Parser, command
-from graft.data.chat_template import ChatError, ChatFormat
+from graft.data.chat_template import ChatFormat
+from graft.data.conversations import ChatError
 from graft.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,14 +14,17 @@ Knows nothing of files; of tokenizers only their templates and special tokens.
 """
 
 import functools
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from graft.console import one_line
-from graft.data.conversations import is_text
+from graft.data.assistant_turns import AssistantTurns
+from graft.data.conversations import TRAIN_KEYS, ChatError, is_text, is_trained
 from graft.data.tokenize import Passage, Span, encode, transformers_tokenizer
 from graft.pretrained.tokenizer import Tokenizer
 from graft.runtime.limits import run_limited
@@ -39,10 +42,6 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
-class ChatError(Exception):
-    """The template refuses a conversation, or renders it so that turns cannot be located."""
-
-
 class ChatFormat:
     """How a model's chat template writes conversations.
 
@@ -54,6 +53,7 @@ class ChatFormat:
         model = transformers_tokenizer(tokenizer)
         self._tokenizer: Any = tokenizer
         self._model: Any = model
+        self._counts: Counter[str] = Counter()
         # A Python renderer that mlx-lm brings for some models.
         self._renderer = getattr(tokenizer, "_chat_template", None)
         self.has_template = self._renderer is not None or bool(
@@ -61,33 +61,64 @@ class ChatFormat:
         )
         if self.has_template:
             special = {*model.all_special_tokens, *model.get_added_vocab()}
-            self._special = {token for token in special if token.strip() == token}
-            self._special_lengths = sorted({len(token) for token in self._special}, reverse=True)
+            tokens = sorted((token for token in special if token.strip()), key=len, reverse=True)
+            self._special_tokens = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+            stops = sorted(token for token in tokenizer.eos_token_ids if token >= 0)
+            self._stop_tokens = tuple(map(str, model.convert_ids_to_tokens(stops)))
 
     def passages(
-        self, messages: Sequence[Message], tools: Tools, *, with_spans: bool
+        self, messages: Sequence[Message], tools: Tools, *, mask_prompt: bool
     ) -> list[Passage]:
-        """The text of a conversation.
+        """The text of a conversation, and what of it is trained.
 
         Args:
             messages: each with `role` and `content`, or `tool_calls`.
             tools: descriptions of the tools that the assistant may call.
-            with_spans: also locate the assistant's turns.
+            mask_prompt: train the assistant's turns only. Turns whose weight is 0, and those of
+                which the template writes nothing, are never trained.
 
         Raises:
             ChatError: the template refuses the conversation, or a turn cannot be located in what it
                 renders.
         """
         messages = [_with_parsed_calls(message) for message in messages]
+        _check_trainable(messages, mask_prompt=mask_prompt)
         if not self.has_template:
-            return plain_passages(messages, tools)
-        text = self._render(messages, tools)
-        spans = [
-            self._turn_span(messages, tools, index, text)
-            for index, message in enumerate(messages)
-            if with_spans and message["role"] == "assistant"
+            return plain_passages(messages, tools, mask_prompt=mask_prompt)
+        turns = AssistantTurns(
+            lambda shown, prompt: self._render(shown, tools, add_generation_prompt=prompt),
+            messages,
+            self._special_tokens,
+        )
+        self._counts.update(turns.left_out)
+        if tools and self._render(messages, None) == turns.text:
+            self._counts["list of tools"] += 1
+        spans = self._spans(turns, messages, tools, mask_prompt=mask_prompt)
+        return [Passage(turns.text, spans, starts=False, ends=False)]
+
+    def notes(self) -> list[str]:
+        """What should be known about the conversations that were formatted, a line each."""
+        counts = self._counts
+        parts = [
+            f"{number:,} {kind.replace(' ', 's ', 1) if ' of ' in kind else kind + 's'}"
+            if number > 1
+            else f"1 {kind}"
+            for kind, number in counts.items()
+            if kind not in ("turns", "endless", "lost") and number
         ]
-        return [Passage(text, tuple(spans), starts=False, ends=False)]
+        lines = [f"the chat template leaves out {', '.join(parts)}"] if parts else []
+        if counts["lost"]:
+            lines.append(
+                f"not trained: {counts['lost']:,} assistant turns of which the chat template "
+                "writes nothing"
+            )
+        if counts["endless"]:
+            stops = ", ".join(self._stop_tokens) or "none is known"
+            lines.append(
+                f"{counts['endless']:,} of {counts['turns']:,} trained assistant turns do not end "
+                f"with a token that stops generation ({stops})"
+            )
+        return lines
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         """Token ids of a conversation that the assistant is to continue.
@@ -102,12 +133,12 @@ class ChatFormat:
         messages = [_with_parsed_calls(message) for message in messages]
         if self.has_template:
             text = self._render(messages, tools, add_generation_prompt=True)
-            passages = [Passage(text, (), starts=False, ends=False)]
+            passages = [Passage(text, starts=False, ends=False)]
         else:
             passages = plain_passages(messages, tools)
             unanswered = f"{passages.pop().text}\n" if not passages[-1].ends else ""
             prompt = f"{unanswered}Assistant:"
-            passages.append(Passage(prompt, (), starts=not passages, ends=False))
+            passages.append(Passage(prompt, starts=not passages, ends=False))
         ids: list[int] = []
         for passage, encoded in zip(passages, encode(passages, self._tokenizer), strict=True):
             ids += [*encoded.ids, *([self._tokenizer.eos_token_id] if passage.ends else [])]
@@ -145,70 +176,70 @@ class ChatFormat:
         check_template(template)
         return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
 
-    def _turn_span(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> Span:
-        """The characters of message `index` in `text`, the whole conversation."""
-        start = self._turn_start(messages, tools, index, text)
-        prefix = self._render(messages[: index + 1], tools)
-        end_token = self._ending_special_token(prefix)
-        if text.startswith(prefix) and len(prefix) > start:
-            return start, len(prefix.rstrip() if end_token else prefix)
-        # Some templates render the last turn differently from earlier ones (Qwen3 drops the
-        # reasoning of earlier turns), so that `prefix` is not how `text` starts.
-        _, after = self._text_around(messages, tools, index)
-        content_end = len(text) - len(after)
-        from_end_token = after.lstrip()
-        if not (
-            end_token
-            and text.endswith(after)
-            and from_end_token.startswith(end_token)
-            and start <= content_end
-        ):
-            raise ChatError(_unlocated(index, "ends"))
-        return start, len(text) - len(from_end_token) + len(end_token)
+    def _generation_spans(
+        self, messages: Sequence[Message], tools: Tools, text: str
+    ) -> list[Span] | None:
+        """The characters that the template itself marks as the assistant's, by `{% generation %}`.
 
-    def _turn_start(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> int:
-        """Where message `index` starts in `text`: after the generation prompt, if there is one."""
-        try:
-            earlier = self._render(messages[:index], tools)
-            prompt = self._render(messages[:index], tools, add_generation_prompt=True)
-        except ChatError:  # Many templates refuse a conversation without messages.
-            earlier = prompt = ""
-        if len(prompt) > len(earlier) and text.startswith(prompt):
-            return len(prompt)
-        # There is no generation prompt, or it opens a reasoning block that this turn does not have:
-        # the turn starts with its content.
-        before, _ = self._text_around(messages, tools, index)
-        if not text.startswith(before):
-            raise ChatError(_unlocated(index, "starts"))
-        return len(before)
-
-    def _ending_special_token(self, text: str) -> str:
-        """The special token that a text ends with, apart from white space, or an empty string."""
-        text = text.rstrip()
-        endings = (text[-length:] for length in self._special_lengths)
-        return next((ending for ending in endings if ending in self._special), "")
-
-    def _text_around(
-        self, messages: Sequence[Message], tools: Tools, index: int
-    ) -> tuple[str, str]:
-        """What the template writes before and after the content of message `index`.
-
-        It is found by rendering the conversation with two contents that share no character. Tool
-        calls and reasoning belong to the turn and are in neither part.
+        Returns:
+            `None` if it marks none.
         """
-        with_a, with_b = (
-            self._render(
-                [
-                    *messages[:index],
-                    {"role": "assistant", "content": content},
-                    *messages[index + 1 :],
-                ],
-                tools,
-            )
-            for content in ("A", "B")
+        template = None if self._renderer is not None else self._template(tools)
+        if template is None or not _GENERATION_TAG.search(template):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        result: Any = render_jinja_template(
+            conversations=[
+                [{k: v for k, v in message.items() if v is not None} for message in messages]
+            ],
+            tools=list(tools) if tools else None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._model.special_tokens_map,
+            enable_thinking=getattr(self._tokenizer, "has_thinking", False),
         )
-        before = _common_prefix(with_a, with_b)
-        return before, _common_prefix(with_a[::-1], with_b[::-1])[::-1]
+        (rendered,), (spans,) = result
+        return (
+            [(first, last) for first, last in spans if first < last] if rendered == text else None
+        )
+
+    def _spans(
+        self,
+        turns: AssistantTurns,
+        messages: Sequence[Message],
+        tools: Tools,
+        *,
+        mask_prompt: bool,
+    ) -> tuple[Span, ...] | None:
+        """The characters of a conversation that are trained; `None` for all."""
+        assistant = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        lost = {at for at in assistant if turns.is_lost(at)}
+        untrained = lost | {at for at in assistant if not is_trained(messages[at])}
+        self._counts["lost"] += len(lost)
+        left_out = [span for span in map(turns.span, sorted(untrained)) if span is not None]
+        if not mask_prompt:
+            return _complement(left_out, len(turns.text)) if left_out else None
+        spans = self._generation_spans(messages, tools, turns.text)
+        if spans is None:
+            located = (turns.span(at) for at in assistant if at not in untrained)
+            spans = [span for span in located if span is not None]
+        else:
+            spans = [
+                span
+                for span in spans
+                if not any(first < span[1] and span[0] < last for first, last in left_out)
+            ]
+        for (_, last), (first, _) in itertools.pairwise(spans):
+            if first < last:
+                raise ChatError(
+                    "two of the assistant's turns overlap in what the model's template renders"
+                )
+        self._counts["turns"] += len(spans)
+        self._counts["endless"] += sum(
+            not turns.text[first:last].rstrip().endswith(self._stop_tokens) for first, last in spans
+        )
+        return tuple(spans)
 
 
 @functools.cache
@@ -234,7 +265,9 @@ def check_template(source: str) -> None:
             raise ValueError(f"it uses a number above {LARGEST_NUMBER:,}")
 
 
-def plain_passages(messages: Sequence[Message], tools: Tools) -> list[Passage]:
+def plain_passages(
+    messages: Sequence[Message], tools: Tools, *, mask_prompt: bool = False
+) -> list[Passage]:
     """A conversation as plain lines, one passage up to the end of each assistant turn."""
     lines = [f"Tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
     passages: list[Passage] = []
@@ -245,28 +278,39 @@ def plain_passages(messages: Sequence[Message], tools: Tools) -> list[Passage]:
         lines.append(line)
         if message["role"] == "assistant":
             text = "\n".join(lines)
-            span = (len(text) - len(line) + len(speaker), len(text))
-            passages.append(Passage(text, (span,), starts=not passages))
+            start = len(text) - len(line) + len(speaker)
+            spans: tuple[Span, ...] | None = ((start, len(text)),) if mask_prompt else None
+            if not is_trained(message):
+                spans = () if mask_prompt else ((0, start),)
+            passages.append(Passage(text, spans, starts=not passages))
             lines = []
     if lines:
-        passages.append(Passage("\n".join(lines), (), starts=not passages, ends=False))
+        spans = () if mask_prompt else None
+        passages.append(Passage("\n".join(lines), spans, starts=not passages, ends=False))
     return passages
 
 
-def _common_prefix(first: str, second: str) -> str:
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return first[:length]
+def _complement(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
+    """The characters of a text that are in none of the spans, which are in order."""
+    edges = [0, *itertools.chain(*spans), length]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _unlocated(index: int, verb: str) -> str:
-    return (
-        f"where message {index + 1} {verb} cannot be told from what the model's chat template "
-        "renders: train without --mask-prompt, or give the data as prompt and completion"
-    )
+def _check_trainable(messages: Sequence[Message], *, mask_prompt: bool) -> None:
+    """Refuse weights of messages that are not the assistant's and that would not be honoured.
+
+    Raises:
+        ChatError: names the message.
+    """
+    for number, message in enumerate(messages, 1):
+        given = [key for key in TRAIN_KEYS if message.get(key) is not None]
+        if message["role"] != "assistant" and given and is_trained(message) == mask_prompt:
+            reason = (
+                "only the assistant's messages are trained with --mask-prompt"
+                if mask_prompt
+                else "messages of others are trained too; --mask-prompt leaves them out"
+            )
+            raise ChatError(f"{given[0]!r} of message {number}: {reason}")
 
 
 def _calls_text(message: Message) -> str:

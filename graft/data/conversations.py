@@ -4,11 +4,18 @@ Rows of a dataset and requests to the server go through the same checks.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graft.storage.json_file import parse_json
 
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+# Keys by which datasets say whether a message is to be learnt: OpenAI's, and those of other tools.
+TRAIN_KEYS = ("weight", "train", "training", "loss")
+
+
+class ChatError(Exception):
+    """The template refuses a conversation, or renders it so that turns cannot be located."""
 
 
 def conversation_problem(messages: Any, tools: Any = None) -> str | None:
@@ -26,6 +33,21 @@ def conversation_problem(messages: Any, tools: Any = None) -> str | None:
     if problem is None and tools is not None:
         return tools_problem(tools)
     return problem
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a message is to be learnt: its weight, or another key of `TRAIN_KEYS`, is not 0."""
+    return all(message.get(key) in (None, 1) for key in TRAIN_KEYS)
+
+
+def weight_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """What is wrong with the weights of messages, or `None`; they are 0 or 1, or booleans."""
+    for number, message in enumerate(messages, 1):
+        for key in TRAIN_KEYS:
+            value = message.get(key)
+            if value is not None and not (isinstance(value, int | float) and value in (0, 1)):
+                return f"{key!r} of message {number} must be 0 or 1, not {shortened(value)}"
+    return None
 
 
 def tools_problem(tools: Any) -> str | None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from graft.data.chat_template import ChatError, ChatFormat
+from graft.data.chat_template import ChatFormat
+from graft.data.conversations import ChatError
 from graft.data.rows import Row, raise_problems, shape_of
 from graft.data.sources import SplitSource, find_split_sources
 from graft.data.token_cache import read_entry, write_entry
@@ -32,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Part of every key of the token cache: entries of other versions are not found.
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Split:
         skipped: number of rows with nothing to train on, which are not among the examples.
         shape_counts: number of rows of each shape, or of documents.
         origin: where the rows came from, for messages.
+        notes: what should be known about the rows, a line each.
         cached: whether the tokens came from the token cache.
     """
 
@@ -72,6 +74,7 @@ class Split:
     skipped: int = 0
     shape_counts: dict[str, int] = field(default_factory=dict)
     origin: str = ""
+    notes: Sequence[str] = ()
     cached: bool = False
 
     def __len__(self) -> int:
@@ -174,7 +177,10 @@ def tokenize_rows(
     """
     if mask_prompt:
         _refuse_rows_without_prompt(rows)
-    whole = _encode_rows(rows, tokenizer, mask_prompt=mask_prompt, add_eos=add_eos)
+    chat_format = ChatFormat(tokenizer)
+    whole = _encode_rows(
+        rows, tokenizer, chat_format=chat_format, mask_prompt=mask_prompt, add_eos=add_eos
+    )
     truncated = sum(len(example) > max_length for example in whole)
     examples = [
         Example(example.tokens[:max_length], example.loss_mask[:max_length]) for example in whole
@@ -182,7 +188,13 @@ def tokenize_rows(
     trained = [example for example in examples if example.loss_mask.any()]
     counts = Counter(shape_of(row).name for row in rows)
     skipped = len(examples) - len(trained)
-    return Split(trained, truncated=truncated, skipped=skipped, shape_counts=dict(counts))
+    return Split(
+        trained,
+        truncated=truncated,
+        skipped=skipped,
+        shape_counts=dict(counts),
+        notes=chat_format.notes(),
+    )
 
 
 def tokenize_documents(
@@ -206,7 +218,15 @@ def tokenize_documents(
         overlap: number of tokens repeated from the window before, less than `max_length`.
         add_eos: end documents with EOS.
     """
-    documents = _to_arrays(_encode_rows(rows, tokenizer, mask_prompt=False, add_eos=add_eos))
+    documents = _to_arrays(
+        _encode_rows(
+            rows,
+            tokenizer,
+            chat_format=ChatFormat(tokenizer),
+            mask_prompt=False,
+            add_eos=add_eos,
+        )
+    )
     overlap = max(overlap, 1)
     windows = []
     for start in range(0, max(len(documents["tokens"]) - overlap, 1), max_length - overlap):
@@ -219,7 +239,7 @@ def tokenize_documents(
 
 
 def describe_split(split: Split, max_length: int) -> str:
-    """One line about a split: its size, what was truncated or skipped, and where it is from."""
+    """A split's size, what was truncated or skipped, where it is from, and notes on more lines."""
     facts = [_count(len(split), "row"), _count(split.tokens, "token")]
     if split.trained_tokens < split.tokens - len(split):
         facts.append(f"{split.trained_tokens:,} trained")
@@ -229,7 +249,9 @@ def describe_split(split: Split, max_length: int) -> str:
         facts.append(f"{split.skipped:,} skipped with nothing to train on")
     shapes = " and ".join(_count(number, name) for name, number in split.shape_counts.items())
     cached = " (tokens from the cache)" if split.cached else ""
-    return f"{', '.join(facts)}: {shapes} from {split.origin}{cached}"
+    return f"{', '.join(facts)}: {shapes} from {split.origin}{cached}" + "".join(
+        f"\n  {note}" for note in split.notes
+    )
 
 
 def _count(number: int, noun: str) -> str:
@@ -250,6 +272,7 @@ def _load_split(
         "truncated": split.truncated,
         "skipped": split.skipped,
         "shape_counts": split.shape_counts,
+        "notes": list(split.notes),
     }
     if key:
         write_entry(key, _to_arrays(split.examples), record)
@@ -290,17 +313,22 @@ def _tokenize_source(source: SplitSource, tokenizer: Tokenizer, settings: dict[s
 
 
 def _encode_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, mask_prompt: bool, add_eos: bool
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    chat_format: ChatFormat,
+    mask_prompt: bool,
+    add_eos: bool,
 ) -> list[Example]:
     """All tokens of each row, with their loss mask."""
-    passages_of_rows = _passages(rows, tokenizer, mask_prompt=mask_prompt)
+    passages_of_rows = _passages(rows, chat_format, mask_prompt=mask_prompt)
     passages = list(itertools.chain(*passages_of_rows))
-    encoded = iter(encode(passages, tokenizer, with_masks=mask_prompt))
+    encoded = iter(encode(passages, tokenizer))
     examples = []
     problems = []
     for row, passages in zip(rows, passages_of_rows, strict=True):
         pieces = [(passage, next(encoded)) for passage in passages]
-        if mask_prompt and any(piece.loss_mask is None for _, piece in pieces):
+        if any(one.spans is not None and piece.loss_mask is None for one, piece in pieces):
             problems.append((row.location, "the tokenizer does not separate prompt and answer"))
             continue
         ended = [_with_eos(*piece, tokenizer, add_eos=add_eos) for piece in pieces]
@@ -312,10 +340,9 @@ def _encode_rows(
 
 
 def _passages(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, mask_prompt: bool
+    rows: Sequence[Row], chat_format: ChatFormat, *, mask_prompt: bool
 ) -> list[list[Passage]]:
     """The text of each row."""
-    chat_format = ChatFormat(tokenizer)
     passages = []
     problems = []
     for row in rows:
@@ -338,7 +365,10 @@ def _with_eos(
     eos = tokenizer.eos_token_id
     if passage.ends and add_eos and eos is not None and eos >= 0:
         without = ids[:-1] if ids[-1:] == [eos] else ids
-        ids, loss_mask = [*without, eos], np.append(loss_mask[: len(without)], True)
+        # It is trained with what it ends.
+        spans = passage.spans
+        is_trained = spans is None or any(last == len(passage.text) for _, last in spans)
+        ids, loss_mask = [*without, eos], np.append(loss_mask[: len(without)], is_trained)
     return np.array(ids, dtype=np.int32), loss_mask
 
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.data.chat_template import ChatFormat
-from graft.data.conversations import conversation_problem, parse_tools, string_problem
+from graft.data.conversations import (
+    conversation_problem,
+    parse_tools,
+    string_problem,
+    weight_problem,
+)
 from graft.data.tokenize import Passage
 from graft.errors import InputError
 
@@ -56,25 +61,45 @@ class RowShape:
     has_prompt: bool = True
 
 
+# Keys of other tools that change what is learnt from a row, and what to do instead.
+_UNSUPPORTED_KEYS = {
+    "weight": "rows have no weights; leave the row out, or give messages the weight 0",
+    "train": "leave out rows that are not to be learnt",
+    "loss_mask": "give the row as 'messages', or as 'prompt' and 'completion'",
+    "loss_scale": "rows have no weights",
+    "system": "make it the first of the 'messages', or a part of the 'prompt'",
+    "functions": "give them as 'tools'",
+    "chat_template_kwargs": "the template gets no arguments from rows",
+}
+
+
+def _unsupported_key(fields: Fields) -> str | None:
+    for key, advice in _UNSUPPORTED_KEYS.items():
+        if fields.get(key) not in (None, "", 1, [], {}):
+            return f"{key!r} is not supported: {advice}"
+    return None
+
+
 def _chat_problem(fields: Fields) -> str | None:
-    return conversation_problem(fields["messages"], fields.get("tools"))
+    problem = conversation_problem(fields["messages"], fields.get("tools"))
+    return problem or weight_problem(fields["messages"]) or _unsupported_key(fields)
 
 
 def _chat_passages(row: Row, chat_format: ChatFormat, mask_prompt: bool) -> list[Passage]:
     tools = row.fields.get("tools")
     parsed = None if tools is None else parse_tools(tools)
-    return chat_format.passages(row.fields["messages"], parsed, with_spans=mask_prompt)
+    return chat_format.passages(row.fields["messages"], parsed, mask_prompt=mask_prompt)
 
 
 def _completion_problem(fields: Fields) -> str | None:
     problems = (string_problem(f"'{key}'", fields[key]) for key in ("prompt", "completion"))
-    return next(filter(None, problems), None)
+    return next(filter(None, problems), None) or _unsupported_key(fields)
 
 
 def _completion_passages(row: Row, chat_format: ChatFormat, mask_prompt: bool) -> list[Passage]:
     prompt, completion = row.fields["prompt"], row.fields["completion"]
     text = prompt + completion
-    return [Passage(text, ((len(prompt), len(text)),))]
+    return [Passage(text, ((len(prompt), len(text)),) if mask_prompt else None)]
 
 
 def _text_problem(fields: Fields) -> str | None:
@@ -82,7 +107,7 @@ def _text_problem(fields: Fields) -> str | None:
 
 
 def _text_passages(row: Row, chat_format: ChatFormat, mask_prompt: bool) -> list[Passage]:
-    return [Passage(row.fields["text"], (), ends=row.ends)]
+    return [Passage(row.fields["text"], ends=row.ends)]
 
 
 # A row has the first of these shapes whose keys it has.
@@ -112,8 +137,9 @@ def shape_of(row: Row) -> RowShape:
 
 
 def content_keys() -> set[str]:
-    """Every key that some shape reads."""
-    return {key for shape in ROW_SHAPES for key in (*shape.keys, *shape.optional_keys)}
+    """Every key that some shape reads, or that must not be passed over."""
+    keys = {key for shape in ROW_SHAPES for key in (*shape.keys, *shape.optional_keys)}
+    return keys | set(_UNSUPPORTED_KEYS)
 
 
 def content(fields: Fields) -> Fields:

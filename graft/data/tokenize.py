@@ -5,6 +5,7 @@ a whole, so that a span does not change the tokens. Knows tokenizers; knows noth
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +29,13 @@ class Passage:
 
     Attributes:
         text: the characters.
-        spans: (first, last + 1) characters that count toward the loss if prompts are masked.
+        spans: (first, last + 1) characters that count toward the loss; `None` if all do.
         starts: whether the tokenizer's BOS comes before the text.
         ends: whether EOS comes after the text.
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] | None = None
     starts: bool = True
     ends: bool = True
 
@@ -45,27 +46,28 @@ class Encoded:
 
     Attributes:
         ids: token ids, without EOS unless the tokenizer itself adds it.
-        loss_mask: (tokens,) bool, the tokens of the passage's spans; `None` if masks were not asked
-            for, or if the tokenizer merges characters across the edge of a span.
+        loss_mask: (tokens,) bool, the tokens of the passage's spans; `None` if it has no spans, or
+            if the tokenizer merges characters across the edge of a span.
     """
 
     ids: list[int]
     loss_mask: Mask | None = None
 
 
-def encode(
-    passages: Sequence[Passage], tokenizer: Tokenizer, *, with_masks: bool = False
-) -> list[Encoded]:
+def encode(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Encoded]:
     """Tokenize passages, in batches if the tokenizer can.
 
     Args:
         passages: what to tokenize.
         tokenizer: any; SentencePiece and Hugging Face's fast tokenizers work on batches.
-        with_masks: also make the loss mask of the passages' spans.
     """
     results: dict[int, Encoded] = {}
-    for starts in (True, False):
-        indices = [at for at, passage in enumerate(passages) if passage.starts == starts]
+    for starts, with_masks in itertools.product((True, False), repeat=2):
+        indices = [
+            at
+            for at, passage in enumerate(passages)
+            if (passage.starts, passage.spans is not None) == (starts, with_masks)
+        ]
         for first in range(0, len(indices), _TEXTS_AT_ONCE):
             batch = indices[first : first + _TEXTS_AT_ONCE]
             encoded = _encode_batch(
@@ -153,7 +155,7 @@ def _encode_batch(
     else:
         return list(_encode_singly(batch, tokenizer, starts=starts, with_masks=with_masks))
     return [
-        Encoded(ids, None if offsets is None else span_mask(offsets, passage.spans))
+        Encoded(ids, None if offsets is None else span_mask(offsets, passage.spans or ()))
         for (ids, offsets), passage in zip(results, batch, strict=True)
     ]
 
@@ -182,7 +184,7 @@ def _prefix_mask(
         `None` if the tokens of such a prefix are not the first tokens of the text.
     """
     mask = np.zeros(len(ids), dtype=np.bool_)
-    for first, last in passage.spans:
+    for first, last in passage.spans or ():
         start = encode_text(passage.text[:first])
         end = ids if last == len(passage.text) else encode_text(passage.text[:last])
         if ids[: len(start)] != start or ids[: len(end)] != end:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
-from graft.data.chat_template import ChatError, ChatFormat
+from graft.data.chat_template import ChatFormat
+from graft.data.conversations import ChatError
 from graft.data.tokenize import Passage, encode
 from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -57,10 +58,10 @@ INSTRUCT = (
     "{%- else %}{{- ' ' + m.content + '<|end|>' }}{% endif %}"
     "{%- endfor %}"
 )
-# Writes every turn otherwise when another follows, its end too.
-TWISTED = (
-    "{%- for m in messages %}{{- m.role + (' last' if loop.last else ' past') + m.content"
-    " + ('<|im_end|>' if loop.last else '') }}{% endfor %}"
+# Writes what depends on the content before it.
+COUNTED = (
+    "{%- for m in messages %}{{- m.role + ' ' + m.content | length | string + ': ' + m.content"
+    " + '<|im_end|>' }}{% endfor %}"
 )
 
 TALK = [
@@ -92,7 +93,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 def turns(tokenizer: Tokenizer, messages: list[Any], tools: Any = None) -> list[str]:
     """The text of each span that is learnt."""
-    passages = ChatFormat(tokenizer).passages(messages, tools, with_spans=True)
+    passages = ChatFormat(tokenizer).passages(messages, tools, mask_prompt=True)
     return [one.text[first:last] for one in passages for first, last in one.spans]
 
 
@@ -100,8 +101,8 @@ def turns(tokenizer: Tokenizer, messages: list[Any], tools: Any = None) -> list[
 @pytest.mark.parametrize("last", [3, 5])
 def test_ids_and_marks_equal_those_of_transformers(chat: Chat, last: int) -> None:
     tokenizer: Any = chat(MARKED)
-    (passage,) = ChatFormat(tokenizer).passages(TALK[:last], None, with_spans=True)
-    (encoded,) = encode([passage], tokenizer, with_masks=True)
+    (passage,) = ChatFormat(tokenizer).passages(TALK[:last], None, mask_prompt=True)
+    (encoded,) = encode([passage], tokenizer)
     reference = tokenizer._tokenizer.apply_chat_template(
         TALK[:last], return_dict=True, return_assistant_tokens_mask=True
     )
@@ -128,7 +129,7 @@ def test_tools_and_calls_are_rendered_and_calls_are_the_assistant_s(chat: Chat) 
     ]
     tokenizer = chat(MARKED)
     tools = [{"type": "function", "function": {"name": "add"}}]
-    (passage,) = ChatFormat(tokenizer).passages(messages, tools, with_spans=False)
+    (passage,) = ChatFormat(tokenizer).passages(messages, tools, mask_prompt=False)
     assert json.dumps(tools) in passage.text
     # Arguments that come as a string of JSON are handed on as what they say.
     assert turns(tokenizer, messages, tools) == ['{"a": 1}<|im_end|>', "Two.<|im_end|>"]
@@ -159,8 +160,8 @@ def test_a_prompt_that_opens_a_reasoning_the_turn_has_not(chat: Chat) -> None:
 
 def test_a_template_without_a_generation_prompt(chat: Chat) -> None:
     assert turns(chat(INSTRUCT), TALK[1:]) == [
-        "A café naïve 🙂<|end|>",
-        "\nIt jumps over the lazy dog. 日本語<|end|>",
+        " A café naïve 🙂<|end|>",
+        " \nIt jumps over the lazy dog. 日本語<|end|>",
     ]
 
 
@@ -170,12 +171,12 @@ def test_an_assistant_that_speaks_first(chat: Chat) -> None:
 
 
 def test_turns_that_cannot_be_told_apart_are_refused(chat: Chat) -> None:
-    with pytest.raises(ChatError, match="where message 3 ends cannot be told"):
-        turns(chat(TWISTED), TALK)
+    with pytest.raises(ChatError, match="where message 3 starts cannot be told"):
+        turns(chat(COUNTED), TALK)
     # Unmasked, the same conversation is fine.
     assert (
-        ChatFormat(chat(TWISTED))
-        .passages(TALK, None, with_spans=False)[0]
+        ChatFormat(chat(COUNTED))
+        .passages(TALK, None, mask_prompt=False)[0]
         .text.startswith("system")
     )
 
@@ -189,7 +190,7 @@ def test_today_is_always_the_same_day(chat: Chat) -> None:
     tokenizer = chat(
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    (passage,) = ChatFormat(tokenizer).passages(TALK[1:2], None, with_spans=False)
+    (passage,) = ChatFormat(tokenizer).passages(TALK[1:2], None, mask_prompt=False)
     assert passage.text == "26 Jul 2024What is 🙂?"
 
 
@@ -210,7 +211,7 @@ def test_without_a_template_a_conversation_is_plain_lines(
         {"role": "assistant", "tool_calls": [{"function": {"name": "leave"}, "id": "1"}]},
         {"role": "tool", "content": "gone"},
     ]
-    found = ChatFormat(tokenizer).passages(messages, [{"name": "leave"}], with_spans=True)
+    found = ChatFormat(tokenizer).passages(messages, [{"name": "leave"}], mask_prompt=True)
     first = 'Tools: [{"name": "leave"}]\nSystem: Be brief.\nUser: Hello\nAssistant: Hello!'
     second = 'User: Bye\nAssistant: {"name": "leave"}'
     assert found == [

@@ -94,6 +94,11 @@ CALL = {"function": {"name": "add", "arguments": {}}}
         (chat({"role": "assistant", "tool_calls": [{}]}), "'tool_calls' of message 1"),
         (chat(USER, tools="[1]"), "'tools' must be a list of JSON objects, not '[1]'"),
         (chat(USER, tools="{"), "'tools' must be a list of JSON objects"),
+        (chat({**USER, "weight": 0.5}), "'weight' of message 1 must be 0 or 1, not 0.5"),
+        (chat({**USER, "train": "no"}), "'train' of message 1 must be 0 or 1, not 'no'"),
+        (chat(USER, weight=0), "'weight' is not supported: rows have no weights"),
+        (chat(USER, system="Be brief."), "'system' is not supported: make it the first"),
+        ({"prompt": "a", "completion": "b", "loss_mask": [0]}, "'loss_mask' is not supported"),
     ],
 )
 def test_what_does_not_fit_is_named(fields: dict[str, Any], words: str) -> None:
@@ -108,6 +113,7 @@ def test_what_does_not_fit_is_named(fields: dict[str, Any], words: str) -> None:
         chat({"role": "system", "content": ""}, USER, tools=[CALL]),
         chat(USER, tools='[{"name": "add"}]'),
         {"prompt": "", "completion": ""},
+        chat({**USER, "weight": None}, weight=1, system=""),
     ],
 )
 def test_what_fits_is_taken(fields: dict[str, Any]) -> None:

@@ -33,8 +33,11 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_many_at_once_are_what_each_is_alone(tokenizer: Any, marked: bool) -> None:
-    passages = [Passage(text, (), starts=number % 3 > 0) for number, text in enumerate(MANY)]
-    found = encode(passages, tokenizer, with_masks=marked)
+    passages = [
+        Passage(text, () if marked else None, starts=number % 3 > 0)
+        for number, text in enumerate(MANY)
+    ]
+    found = encode(passages, tokenizer)
     assert [one.ids for one in found] == [
         tokenizer.encode(one.text, **({} if one.starts else {"add_special_tokens": False}))
         for one in passages
@@ -50,8 +53,8 @@ def test_marked_tokens_say_what_the_span_says(tokenizer: Any, text: str) -> None
         before = tokenizer.encode(text[:cut])
         if ids[: len(before)] != before:
             continue
-        (one,) = encode([Passage(text, ((cut, len(text)),))], tokenizer, with_masks=True)
-        (other,) = encode([Passage(text, ((0, cut),))], tokenizer, with_masks=True)
+        (one,) = encode([Passage(text, ((cut, len(text)),))], tokenizer)
+        (other,) = encode([Passage(text, ((0, cut),))], tokenizer)
         assert one.loss_mask is not None and other.loss_mask is not None
         assert one.loss_mask.tolist() == [at >= len(before) for at in range(len(ids))], text[:cut]
         start = len(tokenizer.encode(""))  # what begins a text says nothing
@@ -81,14 +84,14 @@ def test_all_tokens_of_one_character_are_marked_and_spaces_left_out_count() -> N
 def test_characters_of_several_tokens_are_marked_whole_by_sentencepiece(tmp_path: Path) -> None:
     tokenizer = SentencePieceTokenizer(write_sentencepiece(tmp_path / "tokenizer.model"))
     text = "A: 𝄞"  # never seen in training, so its four bytes are four tokens
-    (one,) = encode([Passage(text, ((3, 4),))], tokenizer, with_masks=True)
+    (one,) = encode([Passage(text, ((3, 4),))], tokenizer)
     assert one.loss_mask is not None
     assert one.loss_mask.tolist() == [False] * (len(one.ids) - 4) + [True] * 4
 
 
 def test_tokens_that_prefixes_do_not_keep_are_told() -> None:
     texts = [Passage("abcd", ((2, 4),)), Passage("abcd", ((1, 4),))]
-    even, odd = encode(texts, Pairs(), with_masks=True)  # type: ignore[arg-type]
+    even, odd = encode(texts, Pairs())  # type: ignore[arg-type]
     assert even.loss_mask is not None and even.loss_mask.tolist() == [False, True]
     assert odd.loss_mask is None
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import Any
 
-from graft.data.chat_template import ChatError
+from graft.data.conversations import ChatError
 from graft.engine.streams import Stream
 from graft.errors import InputError, RunError
 from graft.server.adapter_choice import chosen_adapters, no_such_model, shown_path
