@@ -7,14 +7,12 @@ rendered with other contents, and what stays the same is the template's.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
-from graft.data.conversations import ChatError
+from graft.data.conversations import ChatError, Message
 from graft.data.tokenize import Span
 
-Message = Mapping[str, Any]
 # Renders messages, with or without the generation prompt; raises `ChatError`.
 Render = Callable[[Sequence[Message], bool], str]
 

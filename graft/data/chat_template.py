@@ -24,7 +24,7 @@ from typing import Any
 
 from graft.console import one_line
 from graft.data.assistant_turns import AssistantTurns
-from graft.data.conversations import TRAIN_KEYS, ChatError, is_text, is_trained
+from graft.data.conversations import TRAIN_KEYS, ChatError, Message, is_text, is_trained
 from graft.data.tokenize import Passage, Span, encode, transformers_tokenizer
 from graft.pretrained.tokenizer import Tokenizer
 from graft.runtime.limits import run_limited
@@ -34,7 +34,6 @@ from graft.storage.json_file import parse_json
 RENDER_SECONDS, RENDER_BYTES, MOST_RENDERED = 5.0, 1 << 30, 1 << 26
 LARGEST_NUMBER, LONGEST_REASON = 1_000_000, 300
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
 # What templates write for today's date, so that the same data gives the same tokens every day. It
 # is the default of Llama's templates.

@@ -9,6 +9,7 @@ from typing import Any
 
 from graft.storage.json_file import parse_json
 
+Message = Mapping[str, Any]
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 # Keys by which datasets say whether a message is to be learnt: OpenAI's, and those of other tools.
 TRAIN_KEYS = ("weight", "train", "training", "loss")
@@ -35,12 +36,12 @@ def conversation_problem(messages: Any, tools: Any = None) -> str | None:
     return problem
 
 
-def is_trained(message: Mapping[str, Any]) -> bool:
+def is_trained(message: Message) -> bool:
     """Whether a message is to be learnt: its weight, or another key of `TRAIN_KEYS`, is not 0."""
     return all(message.get(key) in (None, 1) for key in TRAIN_KEYS)
 
 
-def weight_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
+def weight_problem(messages: Sequence[Message]) -> str | None:
     """What is wrong with the weights of messages, or `None`; they are 0 or 1, or booleans."""
     for number, message in enumerate(messages, 1):
         for key in TRAIN_KEYS:
