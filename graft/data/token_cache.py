@@ -26,15 +26,15 @@ _RECORD = "record"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
-def cache_folder() -> Path | None:
-    """The folder with the entries; `None` if the cache is turned off."""
+def cache_folder(kind: str = "tokens") -> Path | None:
+    """The folder with the entries of a kind; `None` if the cache is turned off."""
     graft_cache = os.environ.get("GRAFT_CACHE", "")
     if graft_cache.lower() == "off":
         return None
     if graft_cache:
-        return Path(graft_cache) / "tokens"
+        return Path(graft_cache) / kind
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches, "graft", "tokens")
+    return Path(caches, "graft", kind)
 
 
 def read_entry(key: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from graft.training.grad_checkpoint import can_checkpoint, checkpoint_blocks
 from graft.training.memory_plan import MemoryPlan, choose_plan, measure, parse_budget
 from graft.training.objectives import Objective
 from graft.training.options import Options, from_mapping
+from graft.training.plan_cache import kept_plan
 from graft.training.step import UpdateStep
 
 import mlx.core as mx
@@ -99,12 +100,13 @@ class MemoryTrial:
         idle = int(mx.get_active_memory())
         return idle + sum(peak - idle for peak in peaks)
 
-    def choose(self, saved: Mapping[str, Any] | None) -> MemoryPlan:
+    def choose(self, saved: Mapping[str, Any] | None, key: str | None = None) -> MemoryPlan:
         """The plan of a run, within `--memory-budget` if one is given.
 
         Args:
             saved: the state of the run that is resumed; its plan is kept unless the options ask for
                 another.
+            key: of `graft.training.plan_cache`, where the plan for a budget is kept.
 
         Raises:
             InputError: no plan fits the budget.
@@ -124,7 +126,8 @@ class MemoryTrial:
         if budget is None or kept is not None:
             plan = measure(kept or asked, self.dry_run, available)
         else:
-            plan = choose_plan(
+            choose = partial(
+                choose_plan,
                 asked,
                 self.dry_run,
                 budget=budget,
@@ -132,6 +135,7 @@ class MemoryTrial:
                 held=held,
                 may_recompute=may_recompute,
             )
+            plan = choose() if key is None else kept_plan(f"{key}-{may_recompute:d}", choose)
         set_memory_limits(None if budget is None else max(budget - held, 0), plan.peak_bytes)
         mx.clear_cache()
         reset_peak()

@@ -44,12 +44,13 @@ from graft.training.options import (
     record,
 )
 from graft.training.packing import find_capacity
+from graft.training.plan_cache import plan_key
 from graft.training.probe import check_trainable
 from graft.training.progress import Progress
 from graft.training.reporters import REPORTERS
 from graft.training.run import Run
 from graft.training.run_folder import RunFolder, check_same_run
-from graft.training.saved_adapter import attach_saved
+from graft.training.saved_adapter import attach_saved, layers_record
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -307,7 +308,8 @@ def make_run(
     options, adapter_record = start_adapter(model, options, checkpoint)
     optimizer = make_optimizer(options.optimizer, weight_decay=options.weight_decay)
     trial, steps = _prepare(model, splits, options, optimizer, folder, fingerprints["model"])
-    plan = trial.choose(checkpoint.state if checkpoint is not None else None)
+    key = plan_key(options, fingerprints, layers_record(model))
+    plan = trial.choose(checkpoint.state if checkpoint is not None else None, key)
     batches, update = trial.build(plan)
     schedule = make_schedule(
         options.lr_schedule,
