@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Part of every key of the token cache: entries of other versions are not found.
-_CACHE_FORMAT = 4
+_CACHE_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -364,11 +364,12 @@ def _with_eos(
         loss_mask = np.ones(len(ids), dtype=np.bool_)
     eos = tokenizer.eos_token_id
     if passage.ends and add_eos and eos is not None and eos >= 0:
-        without = ids[:-1] if ids[-1:] == [eos] else ids
-        # It is trained with what it ends.
+        # A text may end with its own; it is trained with what it ends.
+        has_end = bool(ids) and ids[-1] in {eos, *tokenizer.eos_token_ids}
+        without, end = (ids[:-1], ids[-1]) if has_end else (ids, eos)
         spans = passage.spans
         is_trained = spans is None or any(last == len(passage.text) for _, last in spans)
-        ids, loss_mask = [*without, eos], np.append(loss_mask[: len(without)], is_trained)
+        ids, loss_mask = [*without, end], np.append(loss_mask[: len(without)], is_trained)
     return np.array(ids, dtype=np.int32), loss_mask
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft import __version__
-from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer
+from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, without_second_start
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,7 +138,9 @@ def _encode_batch(
 ) -> list[Encoded]:
     texts = [passage.text for passage in batch]
     if isinstance(tokenizer, SentencePieceTokenizer):
-        results = tokenizer.encode_many(texts, add_special_tokens=starts, offsets=with_masks)
+        results = tokenizer.encode_many(
+            texts, add_special_tokens=starts, offsets=with_masks, written_edges=starts
+        )
     elif _is_fast(model := transformers_tokenizer(tokenizer)):
         # Without this setting the library warns when MLX starts a compiler.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -154,10 +156,12 @@ def _encode_batch(
         results = list(zip(output["input_ids"], offsets, strict=True))
     else:
         return list(_encode_singly(batch, tokenizer, starts=starts, with_masks=with_masks))
-    return [
-        Encoded(ids, None if offsets is None else span_mask(offsets, passage.spans or ()))
-        for (ids, offsets), passage in zip(results, batch, strict=True)
-    ]
+    encoded = []
+    for (ids, offsets), passage in zip(results, batch, strict=True):
+        shown = without_second_start(ids, tokenizer) if starts else ids
+        mask = None if offsets is None else span_mask(offsets, passage.spans or ())
+        encoded.append(Encoded(shown, mask if mask is None else mask[len(ids) - len(shown) :]))
+    return encoded
 
 
 def _encode_singly(
@@ -168,7 +172,7 @@ def _encode_singly(
 
     def encode_text(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, **settings)
-        return ids
+        return without_second_start(ids, tokenizer) if starts else ids
 
     for passage in batch:
         ids = encode_text(passage.text)

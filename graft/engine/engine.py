@@ -27,7 +27,7 @@ from graft.engine.row_adapters import MultiAdapterModel, can_batch
 from graft.engine.stats import EngineStats, RequestCounts
 from graft.engine.streams import Completion, Continuation, Stream
 from graft.errors import InputError
-from graft.pretrained.tokenizer import Tokenizer
+from graft.pretrained.tokenizer import Tokenizer, encode_text
 from graft.pretrained.vocabulary import vocabulary_rows
 
 import mlx.core as mx
@@ -199,7 +199,7 @@ class Engine:
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not UTF-8 at character {error.start + 1}") from error
         with self.tokenizer_lock:
-            ids = self.tokenizer.encode(text)
+            ids = encode_text(text, self.tokenizer)
         # Some tokenizers end every text with a token, but the prompt goes on.
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 

@@ -50,12 +50,16 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, after BOS if the model has one and `add_special_tokens` is true."""
-        ids: list[int] = self._model.EncodeAsIds(text)
-        starts = add_special_tokens and self.bos_token_id >= 0
-        return [self.bos_token_id, *ids] if starts else ids
+        ((ids, _),) = self.encode_many([text], add_special_tokens=add_special_tokens)
+        return ids
 
     def encode_many(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, offsets: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        offsets: bool = False,
+        written_edges: bool = False,
     ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
         """Encode many texts at once.
 
@@ -63,18 +67,40 @@ class SentencePieceTokenizer:
             texts: the texts.
             add_special_tokens: start with BOS if the model has one.
             offsets: also return the characters of each token.
+            written_edges: take BOS that a text starts with, and EOS that it ends with, for these
+                tokens, and add no second BOS; otherwise they are text.
 
         Returns:
             For each text its token ids, and for each token (first, last + 1) of its characters if
-            `offsets` is true. All byte tokens of a character have that character; BOS has (0, 0).
+            `offsets` is true. All byte tokens of a character have that character; BOS has (0, 0),
+            unless it is written in the text.
         """
-        starts = [self.bos_token_id] if add_special_tokens and self.bos_token_id >= 0 else []
-        if not offsets:
-            return [([*starts, *ids], None) for ids in self._model.EncodeAsIds(list(texts))]
-        return [
-            ([*starts, *tokens["ids"]], [*((0, 0) for _ in starts), *_widened(tokens["offsets"])])
-            for tokens in self._model.EncodeAsOffsetMapping(list(texts))
+        edges = [self._written_edges(text) if add_special_tokens else ("", "") for text in texts]
+        texts = [
+            text[len(e[0]) : len(text) - len(e[1])] for text, e in zip(texts, edges, strict=True)
         ]
+        starts = [self.bos_token_id] if add_special_tokens and self.bos_token_id >= 0 else []
+        stops = [[self.eos_token_id] if end else [] for _, end in edges]
+        if not offsets:
+            encoded = self._model.EncodeAsIds(texts)
+            return [([*starts, *i, *e], None) for i, e in zip(encoded, stops, strict=True)]
+        results: list[tuple[list[int], list[tuple[int, int]] | None]] = []
+        encoded = self._model.EncodeAsOffsetMapping(texts)
+        for text, tokens, (start, end), stop in zip(texts, encoded, edges, stops, strict=True):
+            first, last = len(start), len(start) + len(text)
+            places = [(one + first, two + first) for one, two in _widened(tokens["offsets"])]
+            before, after = [(0, first)] * len(starts), [(last, last + len(end))] * len(stop)
+            results.append(([*starts, *tokens["ids"], *stop], [*before, *places, *after]))
+        return results
+
+    def _written_edges(self, text: str) -> tuple[str, str]:
+        """BOS at the start of a text and EOS at its end, as they are written; else empty."""
+        start, end = (
+            self._model.IdToPiece(token) if token >= 0 else ""
+            for token in (self.bos_token_id, self.eos_token_id)
+        )
+        start = start if text.startswith(start) else ""
+        return start, end if text[len(start) :].endswith(end) else ""
 
     def serialize(self) -> bytes:
         """The content of the model file."""
@@ -98,6 +124,22 @@ class SentencePieceTokenizer:
         """
         text: str = self._model.DecodeIds([i for i in ids if i < self.vocab_size])
         return text
+
+
+def without_second_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text without the start token that it has twice.
+
+    The tokenizer adds one, also to a text that begins with it.
+    """
+    start = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text, with the start token once, also if the text begins with it."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.encode_many([text], written_edges=True)[0][0]
+    return without_second_start(tokenizer.encode(text), tokenizer)
 
 
 def _widened(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from graft.data.examples import (
     tokenize_rows,
 )
 from graft.data.rows import Row
+from graft.engine.engine import Engine
 from graft.errors import InputError
 from graft.pretrained.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -20,7 +21,14 @@ import numpy as np
 import pytest
 
 from support.byte_tokenizer import ByteTokenizer
-from support.tiny import TEXTS, write_hugging_face_tokenizer, write_rows, write_sentencepiece
+from support.tiny import (
+    LLAMA,
+    TEXTS,
+    make_model,
+    write_hugging_face_tokenizer,
+    write_rows,
+    write_sentencepiece,
+)
 
 
 class WithoutEnd(ByteTokenizer):
@@ -40,6 +48,23 @@ class EndsItself(ByteTokenizer):
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     return SentencePieceTokenizer(write_sentencepiece(path))
+
+
+def write_starting_tokenizer(folder: Path) -> Path:
+    """A Hugging Face tokenizer that starts texts with `<s>`, id 1, and ends them with `</s>`, 2."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import processors
+
+    write_hugging_face_tokenizer(folder, special_tokens=["<unk>", "<s>", "</s>"])
+    fast = Fast.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def rows(*texts: str) -> list[Row]:
@@ -67,6 +92,35 @@ def test_rows_that_are_cut_are_counted_and_have_no_eos() -> None:
 def test_a_row_that_loses_only_its_eos_counts_as_cut() -> None:
     split = tokenize_rows(rows("a" * 9), ByteTokenizer(), max_length=10)
     assert (split.truncated, split.examples[0].tokens[-1]) == (1, 100)
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+def test_a_row_that_has_its_start_and_end_gets_no_second_ones(
+    sentencepiece: SentencePieceTokenizer, tmp_path: Path, kind: str, mask_prompt: bool
+) -> None:
+    tokenizer: Any = sentencepiece
+    if kind == "hugging face":
+        tokenizer = load_tokenizer(write_starting_tokenizer(tmp_path))
+
+    def tokens(prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        row = Row({"prompt": prompt, "completion": completion}, "x:1")
+        split = tokenize_rows([row], tokenizer, max_length=99, mask_prompt=mask_prompt)
+        return split.examples[0].tokens.tolist(), split.examples[0].loss_mask.tolist()
+
+    plain = tokens("What is 🙂?", " A café.")
+    assert tokens("<s>What is 🙂?", " A café.</s>") == plain
+    assert plain[0].count(1) == 1 and plain[0].count(2) == 1
+    with Engine(make_model(LLAMA), tokenizer) as engine:
+        assert engine.encode("<s>What is 🙂?") == engine.encode("What is 🙂?")
+        assert engine.encode("What is 🙂?")[:2] != [1, 1]
+
+
+def test_a_row_that_ends_with_another_end_token_has_its_end() -> None:
+    tokenizer: Any = ByteTokenizer()
+    tokenizer.eos_token_ids = {2, 3 + ord("!")}
+    (example,) = tokenize_rows(rows("a!"), tokenizer, max_length=10).examples
+    assert example.tokens.tolist() == [1, 3 + ord("a"), 3 + ord("!")]
 
 
 def test_eos_comes_once_where_the_tokenizer_adds_it() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def write_sentencepiece(path: Path, *, vocab_size: int = 400) -> Path:
     return path
 
 
-def write_hugging_face_tokenizer(folder: Path) -> Path:
+def write_hugging_face_tokenizer(
+    folder: Path, *, special_tokens: Sequence[str] = ("<|end|>",)
+) -> Path:
     """Train a byte-level BPE tokenizer like GPT-2's, where id 0 ends texts; returns the folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -106,7 +109,7 @@ def write_hugging_face_tokenizer(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|end|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
