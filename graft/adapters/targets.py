@@ -1,11 +1,13 @@
 """Chooses the layers of a model to adapt, and their rank and alpha, from names and patterns.
 
 A target is a module's name (`q_proj`), the end of its path (`mlp.up_proj`), a whole path, a glob
-over whole paths (`*.mlp.*`), a keyword such as `all-linear`, or one of these followed by the part
-of a fused projection (`c_attn.q`). Knows module paths, kinds and methods; nothing of training.
+over one of these (`mlp.*`), a regular expression over whole paths (`re:.*[qv]_proj`), a keyword
+such as `all-linear`, or a name followed by the part of a fused projection (`c_attn.q`). One that
+begins with `!` leaves layers out. Knows module paths, kinds and methods; nothing of training.
 """
 
 import fnmatch
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +16,17 @@ from graft.adapters.fused_projections import find_fused_parts
 from graft.adapters.layer_config import LayerConfig, config_problems
 from graft.adapters.layer_kinds import EXPERTS, LINEAR, VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
+from graft.console import note
 from graft.errors import InputError
 from graft.pretrained.architectures import FEED_FORWARD_OUTPUTS
 from graft.pretrained.module_paths import natural_key
 
+import mlx.core as mx
 import mlx.nn as nn
 
 ALL_LINEAR = "all-linear"
+# What begins a target that leaves layers out, and one that is a regular expression.
+_EXCLUDES, _EXPRESSION = "!", "re:"
 # How many of the last transformer blocks are adapted by default.
 DEFAULT_BLOCKS = 16
 
@@ -76,8 +82,10 @@ def plan(
     """Choose the layers to adapt, and how, for `graft.adapters.attach.attach`.
 
     A target is a module's name (`q_proj`), the end of its path (`mlp.up_proj`), a whole path, a
-    glob over whole paths (`*.mlp.*`), one of `KEYWORDS`, or one of these followed by the part of a
-    fused projection (`c_attn.q`). Patterns name layers in the same way.
+    glob over one of these (`mlp.*`), a regular expression over whole paths (`re:.*[qv]_proj`), one
+    of `KEYWORDS`, or a name followed by the part of a fused projection (`c_attn.q`). One that
+    begins with `!` leaves layers out. Patterns name layers in the same way. Modules that a glob
+    names and that have parameters but no weight are not adapted, and reported.
 
     Args:
         model: any MLX model.
@@ -104,8 +112,12 @@ def plan(
         raise InputError(f"--method {method}: there are {', '.join(sorted(METHODS))}")
     wanted = _target_list(METHODS[method].targets if targets is None else targets)
     layers = candidates(model, num_layers)
-    problems = _unmatched_targets(wanted, layers, kinds=METHODS[method].kinds)
+    problems = _unmatched_targets(wanted, layers, model, kinds=METHODS[method].kinds)
+    if "all-biases" in wanted and not METHODS[method].needs_bias:
+        problems.append(f"--targets all-biases: {method} does not train biases; use --method bias")
     chosen = _choose(layers, wanted)
+    if texts := [text for target in wanted for text in _passed_over(model, target)]:
+        note(f"not adapted, since they have no weight: {', '.join(dict.fromkeys(texts))}")
     ranks, rank_problems = _match_pattern("--rank-pattern", rank_pattern or {}, chosen, layers)
     alphas, alpha_problems = _match_pattern("--alpha-pattern", alpha_pattern or {}, chosen, layers)
     configs = {
@@ -188,8 +200,15 @@ def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
 def _target_list(targets: str | Sequence[str]) -> list[str]:
     names = targets.split(",") if isinstance(targets, str) else targets
     wanted = [name.strip() for name in names if name.strip()]
-    if not wanted:
+    if not any(not name.startswith(_EXCLUDES) for name in wanted):
         raise InputError(f"--targets {targets!r} names nothing; all-linear names every projection")
+    for name in wanted:
+        expression = name.removeprefix(_EXCLUDES)
+        if expression.startswith(_EXPRESSION):
+            try:
+                re.compile(expression.removeprefix(_EXPRESSION))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise InputError(f"--targets {name}: not a regular expression: {error}") from error
     return wanted
 
 
@@ -242,14 +261,20 @@ def _part_candidates(layer: Candidate, parent: nn.Module | None) -> list[Candida
 
 
 def _is_named(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
+    if target.startswith(_EXPRESSION):
+        return re.fullmatch(target.removeprefix(_EXPRESSION), path) is not None
+    return any(fnmatch.fnmatchcase(path, glob) for glob in (target, f"*.{target}"))
 
 
 def _choose(layers: Iterable[Candidate], targets: Sequence[str]) -> dict[str, Candidate]:
     """The candidates that the targets name, by path; parts of one projection become one entry."""
     chosen: dict[str, Candidate] = {}
+    left_out = [target.removeprefix(_EXCLUDES) for target in targets if target[0] == _EXCLUDES]
+    targets = [target for target in targets if target[0] != _EXCLUDES]
     for layer in layers:
         if not any(layer.matches(target) for target in targets):
+            continue
+        if any(_pattern_matches(layer, target) for target in left_out):
             continue
         present = chosen.get(layer.path)
         if present is None:
@@ -263,15 +288,48 @@ def _choose(layers: Iterable[Candidate], targets: Sequence[str]) -> dict[str, Ca
 
 
 def _unmatched_targets(
-    targets: Sequence[str], layers: Sequence[Candidate], *, kinds: Container[str]
+    targets: Sequence[str],
+    layers: Sequence[Candidate],
+    model: nn.Module,
+    *,
+    kinds: Container[str],
 ) -> list[str]:
-    unmatched = [t for t in targets if not any(layer.matches(t) for layer in layers)]
-    if not unmatched:
+    names = {target: target.removeprefix(_EXCLUDES) for target in targets}
+    unmatched = [t for t, n in names.items() if not any(layer.matches(n) for layer in layers)]
+    problems = []
+    for target in list(unmatched):
+        inside = f"{names[target]}.*"
+        reasons = [f"{text} has no weight" for text in _passed_over(model, target, named=True)]
+        if any(layer.matches(inside) for layer in layers):
+            reasons = [f"it is no layer but contains some: {target}.* names them"]
+        if reasons:
+            problems.append(f"--targets {target}: {'; '.join(reasons)}")
+            unmatched.remove(target)
+    if unmatched:
+        problems.append(
+            f"--targets {','.join(unmatched)} matches no layer; there are "
+            f"{_last_names(layers, kinds)} (or {', '.join(KEYWORDS)}, a path, a glob)"
+        )
+    return problems
+
+
+def _passed_over(model: nn.Module, target: str, *, named: bool = False) -> list[str]:
+    """Modules that a target names and that have parameters but no weight, such as a GRU.
+
+    Args:
+        model: the model.
+        target: a glob or a regular expression; others name one layer, which is checked.
+        named: look at other targets, too.
+    """
+    is_pattern = target.startswith(_EXPRESSION) or any(mark in target for mark in "*?[")
+    if not (is_pattern or named) or target.startswith(_EXCLUDES):
         return []
-    return [
-        f"--targets {','.join(unmatched)} matches no layer; there are {_last_names(layers, kinds)} "
-        f"(or {', '.join(KEYWORDS)}, a path, a glob)"
-    ]
+    texts = []
+    for path, module in model.named_modules():
+        own = [n for n, v in module.items() if isinstance(v, mx.array) and not n.startswith("_")]
+        if own and path and kind_of(module) is None and _is_named(path, target):
+            texts.append(f"{path.rpartition('.')[2]} ({type(module).__name__}: {', '.join(own)})")
+    return list(dict.fromkeys(texts))
 
 
 def _match_pattern(

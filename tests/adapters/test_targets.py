@@ -12,6 +12,7 @@ from graft.adapters.targets import parse_pattern, plan
 from graft.errors import InputError
 from graft.training.options import Options
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
@@ -182,6 +183,73 @@ def test_a_part_of_a_fused_projection_is_named_behind_it() -> None:
     assert {setting.parts for setting in settings.values()} == {expected}
     assert plan(model, "c_attn", rank=2)["model.h.0.attn.c_attn"].parts is None
     assert plan(model, "c_attn,c_attn.q", rank=2)["model.h.0.attn.c_attn"].parts is None
+
+
+def test_a_container_is_no_target_and_the_glob_that_is_one_is_named() -> None:
+    model = make_model(LLAMA)
+    with pytest.raises(InputError, match=r"--targets self_attn: .*: self_attn\.\* names them"):
+        plan(model, "self_attn")
+    expected = {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert ranks(plan(model, "self_attn.*")).keys() == expected
+    assert ranks(plan(model, "layers.2.self_attn.*")).keys() == expected
+    assert ranks(plan(model, "model.*.self_attn.?_proj")).keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["all-linear", "!mlp.*"], {"q", "k", "v", "o"}),
+        (["self_attn.*", "!q_proj", "!*.k_proj"], {"v", "o"}),
+        ([r"re:.*self_attn\.[qv]_proj"], {"q", "v"}),
+        (["self_attn.*", r"!re:model\.layers\.\d+\.self_attn\.[qv]_proj"], {"k", "o"}),
+    ],
+)
+def test_layers_are_left_out_and_named_by_expressions(
+    targets: list[str], expected: set[str]
+) -> None:
+    expected = {f"self_attn.{name}_proj" for name in expected}
+    assert ranks(plan(make_model(LLAMA), targets)).keys() == expected
+    assert ranks(plan(make_model(LLAMA), ",".join(targets))).keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        ("!q_proj", "names nothing"),
+        ("q_proj,!nothing", "--targets !nothing matches no layer"),
+        ("re:(", "not a regular expression"),
+        ("re:q_proj", "--targets re:q_proj matches no layer"),  # of a whole path
+    ],
+)
+def test_what_leaves_out_nothing_or_is_no_expression_is_refused(targets: str, reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
+        plan(make_model(LLAMA), targets)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = mx.zeros((4,))
+        self.rnn = nn.GRU(4, 4)
+        self.head = nn.Linear(4, 4)
+
+
+def test_what_has_no_weight_is_passed_over_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(Recurrent(), "*", rank=2).keys() == {"head"}
+    assert "not adapted, since they have no weight: rnn (GRU: Wx, Wh, b, bhn)" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(InputError, match=r"--targets rnn: rnn \(GRU: .*\) has no weight"):
+        plan(Recurrent(), "rnn")
+    plan(Recurrent(), "head", rank=2)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "dora"])
+def test_biases_alone_are_for_the_method_that_trains_them(method: str) -> None:
+    with pytest.raises(InputError, match=f"{method} does not train biases; use --method bias"):
+        plan(make_model(QWEN2), "all-biases", method=method)
+    assert plan(make_model(QWEN2), "all-biases", method="bias")
 
 
 def test_any_model_without_blocks_is_chosen_from_as_a_whole() -> None:
