@@ -112,12 +112,9 @@ def plan(
         raise InputError(f"--method {method}: there are {', '.join(sorted(METHODS))}")
     wanted = _target_list(METHODS[method].targets if targets is None else targets)
     layers = candidates(model, num_layers)
-    problems = _unmatched_targets(wanted, layers, model, kinds=METHODS[method].kinds)
-    if "all-biases" in wanted and not METHODS[method].needs_bias:
-        problems.append(f"--targets all-biases: {method} does not train biases; use --method bias")
+    problems = _target_problems(wanted, layers, model, method)
+    _report_passed_over(model, wanted)
     chosen = _choose(layers, wanted)
-    if texts := [text for target in wanted for text in _passed_over(model, target)]:
-        note(f"not adapted, since they have no weight: {', '.join(dict.fromkeys(texts))}")
     ranks, rank_problems = _match_pattern("--rank-pattern", rank_pattern or {}, chosen, layers)
     alphas, alpha_problems = _match_pattern("--alpha-pattern", alpha_pattern or {}, chosen, layers)
     configs = {
@@ -287,16 +284,14 @@ def _choose(layers: Iterable[Candidate], targets: Sequence[str]) -> dict[str, Ca
     return chosen
 
 
-def _unmatched_targets(
-    targets: Sequence[str],
-    layers: Sequence[Candidate],
-    model: nn.Module,
-    *,
-    kinds: Container[str],
+def _target_problems(
+    targets: Sequence[str], layers: Sequence[Candidate], model: nn.Module, method: str
 ) -> list[str]:
     names = {target: target.removeprefix(_EXCLUDES) for target in targets}
     unmatched = [t for t, n in names.items() if not any(layer.matches(n) for layer in layers)]
     problems = []
+    if "all-biases" in targets and not METHODS[method].needs_bias:
+        problems.append(f"--targets all-biases: {method} does not train biases; use --method bias")
     for target in list(unmatched):
         inside = f"{names[target]}.*"
         reasons = [f"{text} has no weight" for text in _passed_over(model, target, named=True)]
@@ -308,9 +303,14 @@ def _unmatched_targets(
     if unmatched:
         problems.append(
             f"--targets {','.join(unmatched)} matches no layer; there are "
-            f"{_last_names(layers, kinds)} (or {', '.join(KEYWORDS)}, a path, a glob)"
+            f"{_last_names(layers, METHODS[method].kinds)} (or {', '.join(KEYWORDS)}, a path, a glob)"
         )
     return problems
+
+
+def _report_passed_over(model: nn.Module, targets: Iterable[str]) -> None:
+    if texts := [text for target in targets for text in _passed_over(model, target)]:
+        note(f"not adapted, since they have no weight: {', '.join(dict.fromkeys(texts))}")
 
 
 def _passed_over(model: nn.Module, target: str, *, named: bool = False) -> list[str]:

@@ -153,9 +153,8 @@ class Options:
     )
     targets: str | None = option(
         None,
-        "comma-separated names (q_proj, lm_head), paths, globs ('mlp.*'), expressions over paths "
-        "('re:.*[qv]_proj'), all-linear, all-norms or all-biases; !NAME leaves out (default: "
-        "all-linear, or what suits the method)",
+        "comma-separated names (q_proj), paths, globs ('mlp.*'), re:EXPRESSION, all-linear, "
+        "all-norms, all-biases; !NAME leaves out (default: all-linear, or what suits the method)",
         group=ADAPTER,
         metavar="NAMES",
     )
