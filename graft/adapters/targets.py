@@ -303,7 +303,8 @@ def _target_problems(
     if unmatched:
         problems.append(
             f"--targets {','.join(unmatched)} matches no layer; there are "
-            f"{_last_names(layers, METHODS[method].kinds)} (or {', '.join(KEYWORDS)}, a path, a glob)"
+            f"{_last_names(layers, METHODS[method].kinds)} "
+            f"(or {', '.join(KEYWORDS)}, a path, a glob)"
         )
     return problems
 
