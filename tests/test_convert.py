@@ -249,6 +249,39 @@ def test_wrong_options_are_refused(
     assert reason in fails(capsys, tmp_path / "out", *arguments)
 
 
+@pytest.mark.parametrize("quantize", [[], ["-q"]])
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), "bfloat16", "holds numbers that are not finite"),
+        (float("-inf"), "float16", "holds numbers that are not finite"),
+        (
+            7e4,
+            "float16",
+            "holds numbers that are too large for float16: convert with --dtype bfloat16",
+        ),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+    dtype: str,
+    message: str,
+    quantize: list[str],
+) -> None:
+    def spoil(folder: Path) -> None:
+        weights = weights_of(folder)
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+    spoilt = damaged(llama, tmp_path / "spoilt", spoil)
+    error = fails(capsys, tmp_path / "out", "--hf-path", spoilt, "--dtype", dtype, *quantize)
+    assert f"model.layers.1.mlp.up_proj.weight {message}" in error
+    assert not (tmp_path / "out").exists()
+
+
 def damaged(source: Path, folder: Path, damage: Callable[[Path], None]) -> Path:
     """A copy of a checkpoint with something wrong."""
     folder.mkdir()

@@ -187,13 +187,30 @@ def plan_outputs(
         if path in layers and kind == "weight":
             outputs += _quantized_outputs(path, tensor, target, layers[path])
         else:
-            outputs.append(Output(name, target, tensor.shape, _cast(tensor, target)))
+            outputs.append(Output(name, target, tensor.shape, _cast(name, tensor, target)))
     return outputs
 
 
-def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> Iterator[mx.array]:
+def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> Iterator[mx.array]:
+    """The blocks of a tensor in another type.
+
+    Raises:
+        InputError: numbers that are not finite, before or after.
+    """
     for block in blocks(tensor):
-        yield block if block.dtype == dtype else block.astype(dtype, stream=mx.cpu)
+        cast = block if block.dtype == dtype else block.astype(dtype, stream=mx.cpu)
+        if mx.issubdtype(dtype, mx.floating) and not _is_finite(cast):
+            if not _is_finite(block):
+                raise InputError(f"{name} holds numbers that are not finite: fetch the model again")
+            raise InputError(
+                f"{name} holds numbers that are too large for {str(dtype).rpartition('.')[2]}: "
+                "convert with --dtype bfloat16"
+            )
+        yield cast
+
+
+def _is_finite(block: mx.array) -> bool:
+    return bool(mx.isfinite(block, stream=mx.cpu).all(stream=mx.cpu).item())
 
 
 def _quantized_outputs(
@@ -209,7 +226,7 @@ def _quantized_outputs(
     kept: dict[str, list[mx.array]] = {name: [] for name in names}
 
     def weight() -> Iterator[mx.array]:
-        for block in _cast(tensor, dtype):
+        for block in _cast(f"{path}.weight", tensor, dtype):
             packed, *rest = pack(block)
             mx.eval(packed, *rest)
             for name, array in zip(names[1:], rest, strict=False):

@@ -12,12 +12,15 @@ from graft.errors import InputError
 from graft.pretrained.companions import COMPANIONS
 from graft.pretrained.hub import fetch_from_hub, is_repo_name
 from graft.pretrained.hugging_face import (
+    in_one,
     open_hugging_face_folder,
     read_hugging_face_config,
     weight_files,
 )
 from graft.pretrained.meta import open_meta_folder
+from graft.storage.float8 import Float8Tensor, with_decoded_floats
 from graft.storage.lazy_tensors import LazyTensor, read
+from graft.storage.safetensors import open_safetensors
 from graft.storage.tensor_file import read_weight_file
 
 import mlx.core as mx
@@ -107,4 +110,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{folder} has PyTorch weights; convert them with "
             f"`python -m graft convert --hf-path {shlex.quote(str(folder))}`"
         )
-    return config, {name: array for file in files for name, array in read_weight_file(file).items()}
+    arrays = in_one({file: read_weight_file(file) for file in files})
+    if files[0].suffix == ".safetensors":
+        tensors = with_decoded_floats(in_one({file: open_safetensors(file) for file in files}))
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Float8Tensor):
+                arrays[name] = tensor.decoded(arrays[name])
+    return config, arrays

@@ -5,15 +5,18 @@ Tensors keep the names that they have in the files.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graft.errors import InputError
+from graft.pretrained.module_paths import collapsed
+from graft.storage.float8 import with_decoded_floats
 from graft.storage.json_file import read_json_file
 from graft.storage.lazy_tensors import LazyTensor
 from graft.storage.npz import open_npz
 from graft.storage.safetensors import open_safetensors
 from graft.storage.torch_file import open_torch_file
 
+_Tensor = TypeVar("_Tensor")
 Opener = Callable[[Path], Mapping[str, LazyTensor]]
 
 # Names of weight files and what opens them, in order of preference.
@@ -45,10 +48,8 @@ def open_hugging_face_folder(folder: Path) -> tuple[dict[str, Any], dict[str, La
     """
     config = read_hugging_face_config(folder)
     openers = {suffix: opener for _, suffix, opener in WEIGHT_FILES}
-    tensors: dict[str, LazyTensor] = {}
-    for file in weight_files(folder):
-        tensors |= openers[file.suffix](file)
-    return config, tensors
+    files = {file: openers[file.suffix](file) for file in weight_files(folder)}
+    return config, with_decoded_floats(in_one(files))
 
 
 def read_hugging_face_config(folder: Path) -> dict[str, Any]:
@@ -101,6 +102,8 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights, of the preferred kind if there are several.
 
+    An index says which files count; what else lies beside them may be of another model.
+
     Raises:
         InputError: there are none, or the index names files that are missing.
     """
@@ -108,16 +111,53 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob(f"{stem}*{suffix}"))
         index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
-            _check_index(index, {file.name for file in files})
+            named = set(_weight_map(index).values())
+            if missing := sorted(named - {file.name for file in files}):
+                raise InputError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+            files = [file for file in files if file.name in named]
         if files:
             return files
     names = ", ".join(f"{stem}*{suffix}" for stem, suffix, _ in WEIGHT_FILES)
     raise InputError(f"{folder} has no weights: none of {names}")
 
 
-def _check_index(index: Path, files: set[str]) -> None:
+def in_one(files: Mapping[Path, Mapping[str, _Tensor]]) -> dict[str, _Tensor]:
+    """The tensors of a checkpoint's files; where an index names one file, the tensor in that one.
+
+    Args:
+        files: the tensors by name, of each of `weight_files`.
+
+    Raises:
+        InputError: a tensor is in several files, or not in the one that the index names.
+    """
+    index = _index_of(next(iter(files)))
+    owners = _weight_map(index) if index.exists() else {}
+    tensors: dict[str, _Tensor] = {}
+    twice: list[str] = []
+    for file, held in files.items():
+        mine = {name: t for name, t in held.items() if owners.get(name, file.name) == file.name}
+        twice += [name for name in mine if name in tensors]
+        tensors |= mine
+    if twice:
+        raise InputError(
+            f"{index.parent} has these in several files: {', '.join(collapsed(twice))}"
+        )
+    if missing := [name for name in owners if name not in tensors]:
+        raise InputError(
+            f"{index} names files that do not hold these: {', '.join(collapsed(missing))}"
+        )
+    return tensors
+
+
+def _index_of(file: Path) -> Path:
+    """The index of the shards that a file is one of."""
+    stem = next(stem for stem, suffix, _ in WEIGHT_FILES if suffix == file.suffix)
+    return file.with_name(f"{stem}{file.suffix}.index.json")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """From the names of tensors to the names of the files that hold them."""
     weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index} has no weight_map; fetch it again")
-    if missing := sorted(set(map(str, weight_map.values())) - files):
-        raise InputError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
+    return {name: str(file) for name, file in weight_map.items()}

@@ -4,14 +4,13 @@ mlx-lm renames, drops and combines arrays in memory. Here, tensors that are only
 disk.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from graft.errors import InputError, first_line
 from graft.pretrained.module_paths import collapsed
 from graft.storage.lazy_tensors import ComputedTensor, LazyTensor, Output, StoredTensor, blocks
-from graft.storage.safetensors import write_safetensors
+from graft.storage.safetensors import load_safetensors, write_safetensors
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,20 +89,23 @@ def sanitized(model: nn.Module, arrays: dict[str, mx.array], source: str) -> dic
 
 def _unread_arrays(tensors: dict[str, LazyTensor], scratch: Path) -> dict[str, mx.array]:
     """The tensors as arrays that MLX reads from safetensors files when they are evaluated."""
-    stored = {tensor.path for tensor in tensors.values() if isinstance(tensor, StoredTensor)}
-    arrays = _loaded(file for file in sorted(stored) if file.suffix == ".safetensors")
+    arrays: dict[str, mx.array] = {}
+    stored = {n: t.path for n, t in tensors.items() if isinstance(t, StoredTensor)}
+    for file in sorted(set(stored.values())):
+        loaded = _loaded(file) if file.suffix == ".safetensors" else {}
+        arrays |= {n: array for n, array in loaded.items() if stored.get(n) == file}
     arrays |= {
         n: tensor.array for n, tensor in tensors.items() if isinstance(tensor, ComputedTensor)
     }
     if elsewhere := {name: tensor for name, tensor in tensors.items() if name not in arrays}:
         copies = [Output(name, t.dtype, t.shape, blocks(t)) for name, t in elsewhere.items()]
         write_safetensors(scratch, copies)
-        arrays |= _loaded([scratch])
+        arrays |= _loaded(scratch)
     return {name: arrays[name] for name in tensors}
 
 
-def _loaded(files: Iterable[Path]) -> dict[str, mx.array]:
-    loaded: dict[str, mx.array] = {}
-    for file in files:
-        loaded |= cast(dict[str, mx.array], mx.load(str(file)))
-    return loaded
+def _loaded(file: Path) -> dict[str, mx.array]:
+    try:
+        return load_safetensors(file)
+    except RuntimeError:  # a type that MLX does not have
+        return {}

@@ -50,13 +50,17 @@ class Shaped(Protocol):
         ...
 
 
-class LazyTensor(Shaped, Protocol):
-    """A tensor that can be read in blocks of rows."""
+class Typed(Shaped, Protocol):
+    """Anything with a shape and a type of elements."""
 
     @property
     def dtype(self) -> mx.Dtype:
         """Type of the elements."""
         ...
+
+
+class LazyTensor(Typed, Protocol):
+    """A tensor that can be read in blocks of rows."""
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Indices start to stop - 1 of the first dimension; a scalar ignores both."""
@@ -73,6 +77,7 @@ class StoredTensor:
         dtype: type of the elements, little-endian in the file.
         shape: size of each dimension.
         strides: distance of neighbors along each dimension, in elements.
+        float8: the name of the type, if the bytes are 8-bit floats.
     """
 
     path: Path
@@ -80,6 +85,7 @@ class StoredTensor:
     dtype: mx.Dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    float8: str = ""
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
@@ -270,8 +276,8 @@ def check_total(tensors: Iterable[LazyTensor], path: Path) -> None:
         raise ValueError(f"{total} bytes of tensors in a file of {file_bytes}")
 
 
-def check_fit(expected: Mapping[str, Shaped], actual: Mapping[str, Shaped], source: str) -> None:
-    """Compare the tensors of a model and of its checkpoint by name and shape.
+def check_fit(expected: Mapping[str, Typed], actual: Mapping[str, Typed], source: str) -> None:
+    """Compare the tensors of a model and of its checkpoint by name, shape and type.
 
     Args:
         expected: the model's.
@@ -279,7 +285,8 @@ def check_fit(expected: Mapping[str, Shaped], actual: Mapping[str, Shaped], sour
         source: the checkpoint, for the message.
 
     Raises:
-        InputError: tensors are missing, unknown or of another shape; all of them are named.
+        InputError: tensors are missing, unknown, of another shape, or of integers in place of
+            floats; all of them are named.
     """
     problems = [f"{name} is missing" for name in expected if name not in actual]
     problems += [
@@ -289,6 +296,13 @@ def check_fit(expected: Mapping[str, Shaped], actual: Mapping[str, Shaped], sour
         f"{name} has shape {tuple(actual[name].shape)}, not {tuple(array.shape)}"
         for name, array in expected.items()
         if name in actual and tuple(actual[name].shape) != tuple(array.shape)
+    ]
+    problems += [
+        f"{name} has type {str(actual[name].dtype).rpartition('.')[2]}, which is not a float"
+        for name, array in expected.items()
+        if name in actual
+        if mx.issubdtype(array.dtype, mx.floating)
+        if not mx.issubdtype(actual[name].dtype, mx.floating)
     ]
     if problems:
         raise InputError(

@@ -43,7 +43,7 @@ _NAMES = {
     mx.float32: "F32",
     mx.float64: "F64",
 }
-# MLX has no 8-bit floats: it loads them as bytes, which some model classes of mlx-lm convert.
+# MLX has no 8-bit floats: it loads them as bytes, which `graft.storage.float8` decodes.
 _DTYPES = {
     **{name: dtype for dtype, name in _NAMES.items()},
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), mx.uint8),
@@ -114,4 +114,5 @@ def _located(path: Path, data_start: int, entry: dict[str, Any], file_bytes: int
     check_shape(shape)
     if stop - start != math.prod(shape) * dtype.size:
         raise ValueError(f"{stop - start} bytes for shape {list(shape)} of {entry['dtype']}")
-    return StoredTensor(path, data_start + start, dtype, shape, contiguous_strides(shape))
+    float8 = entry["dtype"] if entry["dtype"].startswith("F8_") else ""
+    return StoredTensor(path, data_start + start, dtype, shape, contiguous_strides(shape), float8)

@@ -51,7 +51,8 @@ def _read(path: Path, *, lazily: bool) -> dict[str, mx.array]:
             start = file.read(2)
         if start != b"PK":
             stored = open_safetensors(path)
-            return load_safetensors(path) if lazily else _read_stored(path, stored)
+            loadable = not any(tensor.float8 == "F8_E5M2" for tensor in stored.values())
+            return load_safetensors(path) if lazily and loadable else _read_stored(path, stored)
         if _is_torch(path):
             return _read_stored(path, open_torch_file(path))
         return load_npz(path)

@@ -1,10 +1,19 @@
 """Hugging Face's layout, on disk and from the Hub."""
 
+import json
 from pathlib import Path
 
 from graft.errors import InputError
-from graft.pretrained.hugging_face import open_hugging_face_folder, weight_files, with_rope_settings
+from graft.pretrained.folder import read_folder
+from graft.pretrained.hugging_face import (
+    open_hugging_face_folder,
+    weight_files,
+    with_older_names,
+    with_rope_settings,
+)
+from graft.storage.lazy_tensors import read
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -17,8 +26,8 @@ def test_shards_of_both_kinds_are_read_together(tmp_path: Path) -> None:
         path = tmp_path / f"pytorch_model-0000{index + 1}-of-00002.bin"
         torch_zip.save(path, {name: np.zeros(3, np.float32)})
     index_file = tmp_path / "pytorch_model.bin.index.json"
-    files = ", ".join(f'"{i}": "{file.name}"' for i, file in enumerate(weight_files(tmp_path)))
-    index_file.write_text('{"weight_map": {' + files + "}}")
+    files = [file.name for file in weight_files(tmp_path)]
+    index_file.write_text(json.dumps({"weight_map": dict(zip("ab", files, strict=True))}))
     _, tensors = open_hugging_face_folder(tmp_path)
     assert set(tensors) == {"a", "b"}
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
@@ -27,6 +36,48 @@ def test_shards_of_both_kinds_are_read_together(tmp_path: Path) -> None:
     index_file.write_text("{}")
     with pytest.raises(InputError, match="has no weight_map"):
         weight_files(tmp_path)
+
+
+def write_shards(folder: Path, owners: dict[str, str] | None, **shards: dict[str, float]) -> None:
+    """Shards model-NAME.safetensors of vectors that hold one number each."""
+    (folder / "config.json").write_text("{}")
+    for name, values in shards.items():
+        arrays = {tensor: mx.full((2,), value) for tensor, value in values.items()}
+        mx.save_safetensors(str(folder / f"model-{name}.safetensors"), arrays)
+    if owners is not None:
+        weight_map = {tensor: f"model-{shard}.safetensors" for tensor, shard in owners.items()}
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def both_readings(folder: Path) -> list[dict[str, float]]:
+    """The numbers as commands that leave tensors on disk see them, and as loading does."""
+    lazy = {name: read(tensor) for name, tensor in open_hugging_face_folder(folder)[1].items()}
+    return [{n: a[0].item() for n, a in found.items()} for found in (lazy, read_folder(folder)[1])]
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"a": "1", "b": "2"}, **{"1": {"a": 1.0}, "2": {"b": 2.0}})
+    write_shards(tmp_path, None, stale={"a": 9.0, "c": 9.0})
+    assert both_readings(tmp_path) == [{"a": 1.0, "b": 2.0}] * 2
+
+
+def test_the_index_says_which_of_two_tensors_counts(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"a": "1", "b": "2"}, **{"1": {"a": 1.0}, "2": {"a": 9.0, "b": 2.0}})
+    assert both_readings(tmp_path) == [{"a": 1.0, "b": 2.0}] * 2
+
+
+def test_a_tensor_in_two_files_is_refused_without_an_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, None, **{"1": {"a": 1.0}, "2": {"a": 2.0}})
+    for reads in (open_hugging_face_folder, read_folder):
+        with pytest.raises(InputError, match="several files: a"):
+            reads(tmp_path)
+
+
+def test_a_tensor_that_its_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"a": "1", "b": "1"}, **{"1": {"a": 1.0}})
+    with pytest.raises(InputError, match="do not hold these: b"):
+        read_folder(tmp_path)
 
 
 def test_safetensors_come_before_pytorch_files(tmp_path: Path) -> None:
@@ -52,3 +103,10 @@ def test_rotary_settings_that_are_there_stay() -> None:
     both = {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": {"rope_theta": 5e5}}
     assert with_rope_settings(both) == both
     assert with_rope_settings({"rope_theta": 1e4}) == {"rope_theta": 1e4}
+
+
+def test_settings_that_transformers_5_renamed_get_the_names_that_mlx_lm_reads() -> None:
+    assert with_older_names({"model_type": "gpt2", "n_positions": 64})["n_ctx"] == 64
+    assert with_older_names({"model_type": "gpt2", "n_positions": 64, "n_ctx": 32})["n_ctx"] == 32
+    assert with_older_names({"model_type": "glm4_moe"})["rope_scaling"] is None
+    assert with_older_names({"model_type": "llama"}) == {"model_type": "llama"}
