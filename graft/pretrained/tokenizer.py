@@ -75,9 +75,10 @@ class SentencePieceTokenizer:
             `offsets` is true. All byte tokens of a character have that character; BOS has (0, 0),
             unless it is written in the text.
         """
-        edges = [self._written_edges(text) if add_special_tokens else ("", "") for text in texts]
+        edges = [self._written_edges(text) if written_edges else ("", "") for text in texts]
         texts = [
-            text[len(e[0]) : len(text) - len(e[1])] for text, e in zip(texts, edges, strict=True)
+            text[len(start) : len(text) - len(end)]
+            for text, (start, end) in zip(texts, edges, strict=True)
         ]
         starts = [self.bos_token_id] if add_special_tokens and self.bos_token_id >= 0 else []
         stops = [[self.eos_token_id] if end else [] for _, end in edges]
