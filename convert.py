@@ -10,6 +10,7 @@ quantized.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -85,13 +86,17 @@ def _listed(numbers: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert according to the command line, and print a summary."""
     args = vars(build_parser().parse_args(argv))
+    out = args.pop("mlx_path")
     report = convert(
-        args.pop("mlx_path"),
+        out,
         file_format=args.pop("format"),
         show_progress=sys.stderr.isatty(),
         **args,
     )
     print_report(report)
+    # Without --model, `lora.py` takes the included model.
+    program = "python lora.py" if Path(sys.argv[0]).name == "convert.py" else "graft lora"
+    say(f"train on it: {program} --train --model {shlex.quote(out)}")
     return 0
 
 

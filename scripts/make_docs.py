@@ -39,7 +39,6 @@ MLX_EXAMPLE: dict[str, object] = {
     "seed": 0,
     # Not options there: constants of the code.
     "targets": "q_proj, v_proj",
-    "rank": 8,
     "alpha": "160 (its scale of 20 times the rank)",
     "dropout": 0.0,
     "max_seq_length": "no limit",

@@ -10,6 +10,7 @@ from graft.errors import InputError
 from graft.runtime.memory import machine_bytes
 from graft.storage.atomic import check_writable
 from graft.training.memory_plan import parse_budget
+from graft.training.optimizers import parse_betas
 from graft.training.options import DEFAULT_ADAPTER, NO_ADAPTER, Options
 
 
@@ -45,6 +46,7 @@ def check_training_options(options: Options) -> None:
         raise InputError("--val-batches and --test-batches: give 1 or more, or -1 for all")
     if options.epochs is not None and (options.iters is not None or not options.epochs):
         raise InputError(f"--epochs {options.epochs}: give more than 0, and not --iters with it")
+    parse_betas(options.betas)
     _check_budget(options)
 
 

@@ -16,46 +16,85 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 # `set_learning_rate` replaces the learning rate before each step. Adam corrects the bias of its
 # moments, as in the paper and in PyTorch; MLX's default does not.
-OPTIMIZERS: dict[str, Callable[[float], optim.Optimizer]] = {
-    "adam": lambda decay: optim.Adam(0.0, bias_correction=True),
-    "adamw": lambda decay: optim.AdamW(0.0, weight_decay=decay, bias_correction=True),
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda decay, **more: optim.Adam(0.0, bias_correction=True, **more),
+    "adamw": lambda decay, **more: optim.AdamW(
+        0.0, weight_decay=decay, bias_correction=True, **more
+    ),
     "sgd": lambda decay: optim.SGD(0.0, weight_decay=decay),
-    "lion": lambda decay: optim.Lion(0.0, weight_decay=decay),
+    "lion": lambda decay, **more: optim.Lion(0.0, weight_decay=decay, **more),
     "adafactor": lambda decay: optim.Adafactor(
         0.0, weight_decay=decay, scale_parameter=False, relative_step=False
     ),
     "muon": lambda decay: optim.Muon(0.0, weight_decay=decay),
 }
 WITHOUT_WEIGHT_DECAY = ("adam",)
+# The decay rates of both moments, and what is added to the root of the second.
+WITH_BETAS = ("adam", "adamw", "lion")
+WITH_EPS = ("adam", "adamw")
 LORA_B = "lora_b"
 # Parameters of at least this size are updated one by one, smaller ones together.
 LARGE_SIZE = 2**18
 # Optimizers whose update of an entry depends on its row and column.
 MATRIX_WISE = ("adafactor", "muon")
 
-# After the warm-up: (peak rate, steps) -> the learning rate as a function of the step.
-SCHEDULES: dict[str, Callable[[float, int], Callable[[mx.array], mx.array]]] = {
-    "constant": lambda rate, steps: lambda step: mx.array(rate),
-    "linear": lambda rate, steps: optim.linear_schedule(rate, 0.0, steps),
-    "cosine": lambda rate, steps: optim.cosine_decay(rate, steps),
+# After the warm-up: (peak rate, last rate, steps) -> the learning rate as a function of the step.
+SCHEDULES: dict[str, Callable[[float, float, int], Callable[[mx.array], mx.array]]] = {
+    "constant": lambda rate, least, steps: lambda step: mx.array(rate),
+    "linear": lambda rate, least, steps: optim.linear_schedule(rate, least, steps),
+    "cosine": lambda rate, least, steps: optim.cosine_decay(rate, steps, least),
 }
 
 
-def make_optimizer(name: str, *, weight_decay: float = 0.0) -> optim.MultiOptimizer:
+def make_optimizer(
+    name: str,
+    *,
+    weight_decay: float = 0.0,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+) -> optim.MultiOptimizer:
     """An optimizer for an adapter.
 
     It holds two of the same type, the first for `lora_b` and the second for everything else, so
     that their learning rates can differ (LoRA+: Hayou et al., 2024,
     https://arxiv.org/abs/2402.12354).
 
+    Args:
+        name: one of `OPTIMIZERS`.
+        weight_decay: of the decoupled kind, but for plain gradient descent.
+        betas: the decay rates of the two moments; by default MLX's.
+        eps: added to the root of the second moment; by default MLX's.
+
     Raises:
-        InputError: the optimizer has no weight decay, but some is asked for.
+        InputError: the optimizer has no such setting.
     """
     if weight_decay and name in WITHOUT_WEIGHT_DECAY:
         raise InputError(f"--weight-decay {weight_decay}: {name} has none; use --optimizer adamw")
-    pair = [OPTIMIZERS[name](weight_decay) for _ in range(2)]
+    settings: dict[str, Any] = {}
+    for key, value, having in (("betas", betas, WITH_BETAS), ("eps", eps, WITH_EPS)):
+        if value is not None and name not in having:
+            raise InputError(f"--{key}: {name} has none; {', '.join(having)} have")
+        settings |= {} if value is None else {key: value}
+    pair = [OPTIMIZERS[name](weight_decay, **settings) for _ in range(2)]
     kind = optim.MultiOptimizer if name in MATRIX_WISE else _FlatOptimizer
     return kind(pair, [lambda path, array: path.endswith(LORA_B)])
+
+
+def parse_betas(text: str | None) -> list[float] | None:
+    """The numbers of `--betas`; `None` for the optimizer's own.
+
+    Raises:
+        InputError: they are not two numbers from 0 to below 1.
+    """
+    if text is None:
+        return None
+    try:
+        betas = [float(part) for part in text.split(",")]
+    except ValueError:
+        betas = []
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"--betas {text[:40]}: give two numbers from 0 to below 1, as 0.9,0.95")
+    return betas
 
 
 def set_learning_rate(
@@ -68,19 +107,43 @@ def set_learning_rate(
 
 
 def make_schedule(
-    name: str, rate: float, *, steps: int, warmup_steps: int = 0
+    name: str,
+    rate: float,
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    least: float = 0.0,
+    cycles: int = 1,
 ) -> Callable[[int], float]:
     """The learning rate as a function of the step, counted from 1.
 
     It rises linearly to `rate` at step `warmup_steps`. From there it stays constant, or falls
-    linearly or along half a cosine, reaching zero only after the last step.
+    linearly or along half a cosine, reaching `least` only after the last step. With several cycles,
+    it does so in each (SGDR: Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983).
+
+    Raises:
+        InputError: the rate does not fall to `least`, or there are too few steps for the cycles.
     """
-    schedule = SCHEDULES[name](rate, max(steps - warmup_steps, 1))
+    after = max(steps - warmup_steps, 1)
+    if least and (name == "constant" or least > rate):
+        raise InputError(f"--min-learning-rate {least:g}: a {name} rate of {rate:g} stays above it")
+    if cycles > 1 and (name == "constant" or cycles > after):
+        raise InputError(f"--lr-cycles {cycles}: too many for a {name} rate over {after} steps")
+    schedule = SCHEDULES[name](rate, least, after)
+    if cycles > 1:
+        schedule = _repeated(schedule, after, cycles)
     if warmup_steps:
         warm_up = optim.linear_schedule(0.0, rate, warmup_steps)
         schedule = optim.join_schedules([warm_up, schedule], [warmup_steps + 1])
         return lambda step: _number(schedule(mx.array(step)))
     return lambda step: _number(schedule(mx.array(step - 1)))
+
+
+def _repeated(
+    schedule: Callable[[mx.array], mx.array], steps: int, cycles: int
+) -> Callable[[mx.array], mx.array]:
+    """A schedule that runs `cycles` times within the steps that it was made for."""
+    return lambda step: schedule(step * cycles % steps)
 
 
 def named_state(

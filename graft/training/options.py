@@ -227,6 +227,27 @@ class Options:
     warmup_steps: int = option(
         0, "steps over which the learning rate rises from 0", group=STEPS, at_least=0
     )
+    min_learning_rate: float = option(
+        0.0, "learning rate that a linear or cosine schedule falls to", group=STEPS, at_least=0
+    )
+    lr_cycles: int = option(
+        1,
+        "times that the schedule runs after the warm-up, each time from the peak",
+        group=STEPS,
+        at_least=1,
+    )
+    betas: str | None = option(
+        None,
+        "decay rates of the optimizer's moments (default: 0.9,0.999, or 0.9,0.99 with lion)",
+        group=STEPS,
+        metavar="X,X",
+    )
+    eps: float | None = option(
+        None,
+        "added to the root of the second moment of adam and adamw (default: 1e-08)",
+        group=STEPS,
+        at_least=0,
+    )
     weight_decay: float = option(
         0.0, "weight decay on the adapter's parameters", group=STEPS, at_least=0
     )

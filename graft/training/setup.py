@@ -1,6 +1,6 @@
 """Sets up a training run: data, adapter, optimizer, memory plan and log, from options."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from graft.training.dry_run import MemoryTrial
 from graft.training.memory_plan import parse_budget
 from graft.training.metrics import RunLog
 from graft.training.objectives import get_objective
-from graft.training.optimizers import make_optimizer, make_schedule
+from graft.training.optimizers import make_optimizer, make_schedule, parse_betas
 from graft.training.options import (
     DEFAULT_ADAPTER,
     DEFAULT_ALPHA,
@@ -141,7 +141,7 @@ def start_adapter(
     trained, total = count_parameters(model)
     say(
         f"adapter: {len(lora_layers(model))} layers, {trained:,} of {total:,} parameters "
-        f"trained ({trained / total:.2%})"
+        f"trained ({trained / total:.2%}) on {options.model or 'the included model'}"
     )
     content = {"base_model": options.model, "dropout": options.dropout, "options": record(options)}
     return options, content
@@ -306,17 +306,11 @@ def make_run(
         former = former_fingerprint(parameters_of(model))
         check_same_run(checkpoint.state["fixed"], fingerprints, former_model=former)
     options, adapter_record = start_adapter(model, options, checkpoint)
-    optimizer = make_optimizer(options.optimizer, weight_decay=options.weight_decay)
+    optimizer = _make_optimizer(options)
     trial, steps = _prepare(model, splits, options, optimizer, folder, fingerprints["model"])
     key = plan_key(options, fingerprints, layers_record(model))
     plan = trial.choose(checkpoint.state if checkpoint is not None else None, key)
     batches, update = trial.build(plan)
-    schedule = make_schedule(
-        options.lr_schedule,
-        options.learning_rate,
-        steps=steps,
-        warmup_steps=options.warmup_steps,
-    )
     run = Run(
         model=model,
         objective=trial.objective,
@@ -324,7 +318,7 @@ def make_run(
         batches=batches,
         update=update,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=_make_schedule(options, steps),
         steps=steps,
         options=options,
         plan=plan,
@@ -337,6 +331,26 @@ def make_run(
     if checkpoint is not None:
         run.restore(checkpoint)
     return run
+
+
+def _make_optimizer(options: Options) -> optim.MultiOptimizer:
+    return make_optimizer(
+        options.optimizer,
+        weight_decay=options.weight_decay,
+        betas=parse_betas(options.betas),
+        eps=options.eps,
+    )
+
+
+def _make_schedule(options: Options, steps: int) -> Callable[[int], float]:
+    return make_schedule(
+        options.lr_schedule,
+        options.learning_rate,
+        steps=steps,
+        warmup_steps=options.warmup_steps,
+        least=options.min_learning_rate,
+        cycles=options.lr_cycles,
+    )
 
 
 def _prepare(

@@ -11,6 +11,7 @@ from graft.training.optimizers import (
     SCHEDULES,
     make_optimizer,
     make_schedule,
+    parse_betas,
     set_learning_rate,
 )
 from graft.training.options import OPTIMIZERS as OPTIMIZER_NAMES
@@ -168,3 +169,68 @@ def test_a_schedule_over_eight_steps(name: str, warmup: int, expected: list[floa
 def test_a_warm_up_may_be_longer_than_the_run(name: str) -> None:
     schedule = make_schedule(name, 1.0, steps=3, warmup_steps=10)
     assert [schedule(step) for step in (1, 2, 3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
+def test_betas_and_eps_are_mlx_s_own(name: str) -> None:
+    given: dict[str, Any] = {"betas": [0.8, 0.95]} | ({} if name == "lion" else {"eps": 1e-3})
+    kinds = {"adam": optim.Adam, "adamw": optim.AdamW, "lion": optim.Lion}
+    own = {"adam": {"bias_correction": True}, "adamw": {"bias_correction": True, "weight_decay": 0}}
+    optimizer = make_optimizer(name, **given)
+    set_learning_rate(optimizer, RATE)
+    found = trained(optimizer)
+    expected = trained(kinds[name](RATE, **given, **own.get(name, {})))
+    usual = trained(OWN[name](0.0))
+    for path in expected:
+        assert mx.array_equal(found[path], expected[path]).item(), path
+        assert not mx.array_equal(found[path], usual[path]).item(), path
+
+
+@pytest.mark.parametrize(("name", "setting"), [("sgd", "betas"), ("lion", "eps"), ("muon", "eps")])
+def test_a_setting_that_an_optimizer_lacks_is_refused(name: str, setting: str) -> None:
+    value = {"betas": [0.9, 0.99], "eps": 1e-6}[setting]
+    with pytest.raises(InputError, match=f"--{setting}: {name} has none"):
+        make_optimizer(name, **{setting: value})
+
+
+@pytest.mark.parametrize("text", ["0.9", "0.9,1", "0.9,-1", "a,b", "0.9,0.9,0.9", "nan,0"])
+def test_betas_are_two_numbers(text: str) -> None:
+    assert parse_betas("0.9, 0.95") == [0.9, 0.95] and parse_betas(None) is None
+    with pytest.raises(InputError, match="--betas"):
+        parse_betas(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "cycles", "expected"),
+    [
+        ("linear", 1, [1, 0.8, 0.6, 0.4]),
+        ("linear", 2, [1, 0.6, 1, 0.6]),
+        ("cosine", 1, [0.2 + 0.4 * (1 + math.cos(math.pi * n / 4)) for n in range(4)]),
+        ("cosine", 2, [1, 0.6, 1, 0.6]),
+    ],
+)
+def test_a_schedule_with_a_least_rate_and_cycles(
+    name: str, cycles: int, expected: list[float]
+) -> None:
+    """By hand: from 1 to 0.2 within the four steps, or within two of them twice."""
+    for warmup in (0, 2):
+        schedule = make_schedule(
+            name, 1.0, steps=4 + warmup, warmup_steps=warmup, least=0.2, cycles=cycles
+        )
+        # With a warm-up, the peak is its last step and the first of the schedule.
+        found = [schedule(step) for step in range(1 + warmup, 5 + warmup)]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "constant", "least": 0.1}, "--min-learning-rate 0.1"),
+        ({"name": "cosine", "least": 2.0}, "--min-learning-rate 2"),
+        ({"name": "constant", "cycles": 2}, "--lr-cycles 2"),
+        ({"name": "cosine", "cycles": 9}, "--lr-cycles 9"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_schedule(settings.pop("name"), 1.0, steps=8, **settings)
