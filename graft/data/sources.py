@@ -7,6 +7,7 @@ its split when others are added. Knows no tokenizers.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -15,14 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.console import one_line
+from graft.console import note, one_line
 from graft.data.readers import FILE_READERS, content_columns, import_extra, rows_of_table
 from graft.data.rows import Row, content_fraction
 from graft.errors import InputError
 from graft.pretrained.hub import is_repo_name
 
-_SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
-_SPLIT_FILE = re.compile(r"(train|valid|validation|test)(-\d+-of-\d+)?")
+_SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+}
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_NAMES)})(-\d+-of-\d+(?:-[0-9a-f]+)?)?")
+# Files that are probably data, but of types that are not read.
+_OTHER_DATA = (
+    *(".json", ".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".xlsx", ".pdf", ".docx"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".db", ".sqlite", ".pkl"),
+)
+_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+# Names of folders for data; OWNER/NAME that starts with one is not looked for on the Hub.
+_LOCAL_FOLDERS = ("build", "data", "dataset", "datasets")
+_MOST_NAMED = 5
 # The default data, in a checkout and in an installation.
 DEFAULT_DATA = "datasets/mlx-docs"
 INSTALLED_DATA = Path(__file__).parents[1] / "assets" / "mlx-docs"
@@ -150,11 +166,16 @@ def check_data_name(data: str) -> str:
     if path.is_file() and path.suffix not in FILE_READERS:
         raise InputError(f"{data} ends in none of {', '.join(FILE_READERS)}; --data takes these")
     # If a folder OWNER exists here, OWNER/NAME is a misspelled path.
-    is_path = path.parent.is_dir() or path.suffix in FILE_READERS
+    is_path = (
+        path.parent.is_dir()
+        or path.parts[0] in _LOCAL_FOLDERS
+        or path.suffix.lower() in (*FILE_READERS, *_OTHER_DATA)
+    )
     if not path.exists() and (is_path or _dataset_name(data) is None):
         raise InputError(
             f"there is no file or folder {data}; make a folder with `graft dataset`, or name a "
-            "Hugging Face dataset as OWNER/NAME"
+            "Hugging Face dataset as OWNER/NAME, where OWNER is no folder here and none of "
+            f"{', '.join(_LOCAL_FOLDERS)}"
         )
     return data
 
@@ -194,6 +215,7 @@ def _find_sources(data: str) -> DataSource | dict[str, DataSource]:
         return _file_source([path])
     dataset = _dataset_name(data)
     assert dataset is not None
+    note(f"there is no file or folder {data} here: loading the Hugging Face dataset of this name")
     return _dataset_sources(_load_dataset(data, *dataset), data)
 
 
@@ -232,28 +254,61 @@ def _file_source(paths: Sequence[Path], name: str | None = None) -> DataSource:
 
 
 def _folder_sources(folder: Path) -> DataSource | dict[str, DataSource]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_READERS)
-    files = [path for path in files if path.is_file()]
-    if splits := _split_files(folder, files):
-        return {name: _file_source(paths) for name, paths in splits.items()}
+    # Downloaded datasets have their files in a folder `data`.
+    files = [_files_in(folder), _files_in(folder / "data")]
+    for found in files:
+        if splits := _split_files(folder, [path for path in found if _is_read(path)]):
+            used = {path for paths in splits.values() for path in paths}
+            _report_unused(folder, [path for path in itertools.chain(*files) if path not in used])
+            return {name: _file_source(paths) for name, paths in splits.items()}
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _dataset_sources(_load_dataset(str(folder), None, None), str(folder))
-    documents = _documents_below(folder)
-    tables = [path.name for path in files if not FILE_READERS[path.suffix].whole_documents]
-    if tables or not documents:
-        raise InputError(_no_splits(folder, tables))
+    below = _files_below(folder)
+    documents = [path for path in below if _is_document(path)]
+    others = [str(path.relative_to(folder)) for path in below if _is_data(path)]
+    if others or not documents:
+        raise InputError(_no_splits(folder, others, documents))
     name = f"the {len(documents)} documents in {folder}" if len(documents) > 1 else None
     return _file_source(documents, name)
 
 
-def _no_splits(folder: Path, tables: Sequence[str]) -> str:
+def _no_splits(folder: Path, others: Sequence[str], documents: Sequence[Path]) -> str:
     *types, last = dict.fromkeys(reader.name for reader in FILE_READERS.values())
-    reason = (
-        f"has only {', '.join(tables)}: name one of them with --data"
-        if tables
-        else f"has no {', '.join(types)} or {last} files"
-    )
+    if not others:
+        reason = f"has no {', '.join(types)} or {last} files"
+    else:
+        rest = len(others) - _MOST_NAMED
+        names = ", ".join(others[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        beside = ", beside text files" if documents else ""
+        reason = (
+            f"has only {names}{beside}: name one file with --data, of type "
+            f"{', '.join(FILE_READERS)}, or rename the files to train, valid and test"
+        )
     return f"{folder / 'train.jsonl'} is missing; {folder} {reason}"
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_file())
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix in FILE_READERS
+
+
+def _is_document(path: Path) -> bool:
+    return _is_read(path) and FILE_READERS[path.suffix].whole_documents
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file that is no document is probably data, in a type that is read or not."""
+    is_known = path.suffix.lower() in (*FILE_READERS, *_OTHER_DATA)
+    return is_known and not _is_document(path) and path.name not in _METADATA
+
+
+def _report_unused(folder: Path, files: Sequence[Path]) -> None:
+    names = [str(path.relative_to(folder)) for path in files if _is_data(path)]
+    if names:
+        note(f"not used: {', '.join(names)} in {folder}; the names of files are train, valid, test")
 
 
 def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -272,14 +327,12 @@ def _split_files(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _documents_below(folder: Path) -> list[Path]:
-    """All text files at any depth, except in hidden folders."""
+def _files_below(folder: Path) -> list[Path]:
+    """All files at any depth, except in hidden folders."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in FILE_READERS
-        and FILE_READERS[path.suffix].whole_documents
-        and path.is_file()
+        if path.is_file()
         and not any(name.startswith(".") for name in path.relative_to(folder).parts)
     )
 

@@ -144,7 +144,7 @@ def test_a_reader_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text("text,score\na,1\nb,2\n")
     with pytest.raises(InputError, match=r"ends in none of \.jsonl, \.parquet, \.txt, \.md; "):
         check_data_name(str(path))
-    with pytest.raises(InputError, match="has no JSONL, Parquet or text files"):
+    with pytest.raises(InputError, match=r"has only train\.csv: name one file with --data"):
         find_split_sources(str(tmp_path), ["train"], valid_fraction=0.5)
     monkeypatch.setitem(readers.FILE_READERS, ".csv", readers.FileReader("CSV", read_csv))
     for data in (path, tmp_path):

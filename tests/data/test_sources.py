@@ -5,7 +5,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.data.rows import Row
-from graft.data.sources import find_split_sources, hold_out
+from graft.data.sources import check_data_name, find_split_sources, hold_out
 from graft.errors import InputError
 
 import pytest
@@ -53,6 +53,42 @@ def test_validation_and_shards_go_by_hugging_face_s_names_too(tmp_path: Path) ->
     write_rows(tmp_path, validation=["c"], other=["d"])
     found = contents(tmp_path, "train", "valid")
     assert found == {"train": [{"text": "a"}, {"text": "b"}], "valid": [{"text": "c"}]}
+
+
+def test_val_is_validation_and_other_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path, train=["a"], val=["b"], dev=["c"])
+    for name in ("more.csv", "README.md", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    assert contents(tmp_path, "train", "valid") == {
+        "train": [{"text": "a"}],
+        "valid": [{"text": "b"}],
+    }
+    assert f"not used: dev.jsonl, more.csv in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_downloaded_dataset_is_used_and_not_its_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A card")
+    write_rows(tmp_path / "data", **{"train-00000-of-00001-0a1b": ["a"], "test": ["b"]})
+    found = contents(tmp_path, "train", "test")
+    assert found == {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+
+
+@pytest.mark.parametrize(
+    "name", ["all.csv", "all.json", "all.jsonl.gz", "deep/er/all.parquet", "ALL.JSONL", "x.zip"]
+)
+def test_documents_beside_data_that_is_not_used_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "README.md").write_text("# A card")
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert f"has only {name}, beside text files: name one file" in refused(tmp_path)
+
+
+def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    for data in ("data/mine", "datasets/mine", "owner/all.csv", "./mine", "~/mine", "a/b/c"):
+        assert f"there is no file or folder {data}" in refused(data)
+    assert check_data_name("owner/name-v1.5") == "owner/name-v1.5"
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])
@@ -169,7 +205,7 @@ def test_the_key_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     ("make", "needed", "words"),
     [
         ({}, "train", "has no JSONL, Parquet or text files"),
-        ({"other.jsonl": "{}"}, "train", "has only other.jsonl: name one of them with --data"),
+        ({"other.jsonl": "{}"}, "train", "has only other.jsonl: name one file with --data"),
         ({"valid.jsonl": '{"text": "a"}'}, "train", "train.jsonl is missing; "),
         ({"train.jsonl": '{"text": "a"}', "train.txt": "a"}, "train", "for train: keep only one"),
         ({"train.txt": " "}, "train", "train.txt is empty"),
