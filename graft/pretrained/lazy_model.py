@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from graft.pretrained.folder import open_folder
 from graft.pretrained.foreign_quantization import is_foreign, open_foreign
+from graft.pretrained.known_differences import check_differences
 from graft.pretrained.load import build_model, quantize_as_saved
 from graft.pretrained.mlx_names import parameters_of, under_mlx_names
 from graft.storage.lazy_tensors import LazyTensor, check_fit
@@ -26,7 +27,8 @@ class BaseFiles:
             that are never computed.
         tensors: under mlx-lm's names.
         parameters: how many the model has; a quantized weight counts as a whole one.
-        notes: on tensors that the architecture does not use, a line each.
+        notes: on tensors that the architecture does not use, and on differences from transformers,
+            a line each.
     """
 
     folder: Path
@@ -78,4 +80,5 @@ def fit_tensors(
     if "quantization" in config:
         quantize_as_saved(model, config["quantization"], cast(Any, tensors))
     check_fit(parameters_of(model), tensors, str(folder))
+    notes = [*notes, *check_differences(model, config)]
     return BaseFiles(folder, config, model, tensors, parameters, notes)

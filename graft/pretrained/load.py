@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graft.console import note
 from graft.errors import InputError, first_line
 from graft.pretrained.folder import find_folder, read_folder
 from graft.pretrained.foreign_quantization import is_foreign, load_foreign
+from graft.pretrained.known_differences import check_differences
 from graft.pretrained.mlx_names import parameters_of, sanitized
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 from graft.pretrained.vocabulary import check_tokenizer
@@ -42,6 +44,8 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
     """
     folder = find_folder(name)
     model, config = read_model(folder)
+    for text in check_differences(model, config):
+        note(text)
     model.loaded_from = None if name is None else str(name)
     tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
     check_tokenizer(model, tokenizer, folder)
