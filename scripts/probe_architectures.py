@@ -28,8 +28,8 @@ from graft.adapters.targets import block_paths, plan
 from graft.data.examples import Example, Split
 from graft.engine.adapter_bank import AdapterBank
 from graft.engine.engine import Engine
+from graft.engine.errors import AdapterDoesNotFit
 from graft.engine.row_adapters import MultiAdapterModel, can_batch
-from graft.errors import InputError
 from graft.pretrained.folder import find_folder
 from graft.pretrained.load import build_model
 from graft.pretrained.tokenizer import load_tokenizer
@@ -211,18 +211,8 @@ def quantized_base(config: dict[str, Any]) -> str:
 
 def serving(config: dict[str, Any]) -> str:
     """Whether the engine answers for base and adapter, and whether it does so in one batch."""
-    settings = wide_enough(make_model(config))
-    try:
-        return _served(config, settings)
-    except InputError:
-        modules = dict(make_model(config).named_modules())
-        linear = {p: each for p, each in settings.items() if isinstance(modules[p], nn.Linear)}
-        return _served(config, linear) + ", without experts"
-
-
-def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
     trained = make_model(config)
-    adapt(trained, settings)
+    adapt(trained, wide_enough(trained))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "adapters.npz")
         save_adapter(path, trained)
@@ -230,7 +220,10 @@ def _served(config: dict[str, Any], settings: dict[str, LayerConfig]) -> str:
             contextlib.redirect_stderr(io.StringIO()),
             Engine(make_model(config), load_tokenizer(find_folder(None))) as engine,
         ):
-            engine.load_adapter("a", path)
+            try:
+                engine.load_adapter("a", path)
+            except AdapterDoesNotFit:
+                return "refused"
             prompts = ([1, 2, 3, 4, 5], {"a": 1.0}), ([6, 7, 8], {})
             streams = [
                 engine.submit(prompt, adapters=adapters, max_tokens=3, temperature=0)

@@ -7,16 +7,22 @@ and B (slots, width, output_dims). Slot 0 holds zeros, for rows without an adapt
 assigns a slot to each row, and two `mx.gather_mm` compute the update for all rows: the shrink and
 expand of Chen et al., "Punica: Multi-Tenant LoRA Serving" (2023), https://arxiv.org/abs/2310.18547.
 The base model's weights are never written.
+
+mlx-lm sorts the tokens of experts by expert, which mixes the rows. So a block of experts is called
+with indices that hold both the expert and the row of a token, and its layers take them apart.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from graft.adapters.layer_kinds import EMBEDDING, EXPERTS, LINEAR, kind_of
 from graft.engine.adapter_factors import BankFactors, dtype_of, layer_shapes, width_of
 from graft.errors import RunError
+from graft.pretrained.architectures import EXPERT_BLOCKS
+from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,6 +71,7 @@ class AdapterBank:
         self.version = 0
         self._slots: dict[int, list[BankFactors | None]] = {}
         self._layers: dict[str, _BankedLayer] = {}
+        self._restore_blocks: dict[str, Callable[[], None]] = {}
         self._current = _CurrentBatch()
 
     @property
@@ -131,7 +138,8 @@ class AdapterBank:
         self._slots.clear()
         self.version += 1
         for path in list(self._layers):
-            self._unwrap(path)
+            if path in self._layers:
+                self._unwrap(path)
 
     def row_slots(self, rows: Sequence[ScaledAdapters]) -> list[RowSlots]:
         """As many `RowSlots` as it takes to hold every row's adapters; none if no row has any."""
@@ -203,28 +211,87 @@ class AdapterBank:
             self._rearrange(path, width, mx.arange(slots))
             return
         del layer.stacks[width]
-        if not layer.stacks:
+        if not any(self._layers[sharing].stacks for sharing in self._sharing_indices(path)):
             self._unwrap(path)
 
     def _wrap(self, path: str) -> "_BankedLayer":
+        """The wrapped layer, with those that are called with the same indices."""
         if path not in self._layers:
-            layer = _LAYERS[len(layer_shapes(self.modules[path], 1) or ())](self.modules[path])
-            layer.share(self._current)
-            self.model.update_modules(tree_unflatten([(path, layer)]))
-            self._layers[path] = layer
+            sharing = self._sharing_indices(path)
+            for each in sharing:
+                module = self.modules[each]
+                kind = kind_of(module)
+                assert kind is not None
+                self._layers[each] = _LAYERS[kind.name](module, each, self._current)
+            self._put({each: self._layers[each] for each in sharing})
+            block = _parent(path)
+            if _is_expert_block(self.modules.get(block)):
+                make = _make_carrying(self._current)
+                self._restore_blocks[block] = override([self.modules[block]], make)
         return self._layers[path]
 
     def _unwrap(self, path: str) -> None:
-        del self._layers[path]
-        self.model.update_modules(tree_unflatten([(path, self.modules[path])]))
+        """Restore a layer, with those that are called with the same indices."""
+        sharing = self._sharing_indices(path)
+        for each in sharing:
+            del self._layers[each]
+        self._put({each: self.modules[each] for each in sharing})
+        if restore := self._restore_blocks.pop(_parent(path), None):
+            restore()
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        self.model.update_modules(tree_unflatten(list(modules.items())))
+
+    def _sharing_indices(self, path: str) -> list[str]:
+        """The layers of the block of experts that a layer is in; otherwise the layer alone."""
+        block = _parent(path)
+        if not _is_expert_block(self.modules.get(block)):
+            return [path]
+        names = [f"{block}.{name}" if block else name for name in self.modules[block].children()]
+        return [name for name in names if kind_of(self.modules.get(name)) is EXPERTS]
 
 
 @dataclass
 class _CurrentBatch:
-    """The batch being computed, shared by all layers of a model."""
+    """The batch being computed, shared by all layers of a model.
+
+    Attributes:
+        row_slots: adapters of the rows.
+        rows: number of rows.
+        carries_rows: whether the indices of experts carry rows.
+    """
 
     row_slots: tuple[RowSlots, ...] = ()
     rows: int = 0
+    carries_rows: bool = False
+
+    def row_numbers(self, array: mx.array) -> mx.array | None:
+        """The row of each item of the first axis, (items,): a whole number of items for each row.
+
+        `None` if the axis cannot be divided among the rows.
+        """
+        items = array.shape[0]
+        return None if items % self.rows else mx.arange(items) // (items // self.rows)
+
+    @contextmanager
+    def carrying(self, indices: mx.array) -> Iterator[mx.array]:
+        """In the context, indices of experts carry rows: expert * rows + row.
+
+        They are in the order of their experts still.
+
+        Args:
+            indices: (rows, ..., experts of a token), or (rows * tokens, experts of a token).
+        """
+        rows = self.row_numbers(indices) if self.row_slots else None
+        if rows is None:
+            yield indices
+            return
+        self.carries_rows = True
+        try:
+            rows = rows.reshape(-1, *[1] * (indices.ndim - 1))
+            yield indices * self.rows + rows.astype(indices.dtype)
+        finally:
+            self.carries_rows = False
 
 
 class _BankedLayer(nn.Module):
@@ -232,36 +299,49 @@ class _BankedLayer(nn.Module):
 
     Args:
         base: the layer; it is not copied.
+        path: of the layer, for messages.
+        current: the batch being computed.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.linear = base
-        # Bypasses nn.Module's setter, because the stacks are not parameters of the model.
-        object.__setattr__(self, "stacks", {})
-
     stacks: dict[int, Stack]
+    path: str
     current: _CurrentBatch
 
-    def share(self, current: _CurrentBatch) -> None:
-        object.__setattr__(self, "current", current)
+    def __init__(self, base: nn.Module, path: str, current: _CurrentBatch) -> None:
+        super().__init__()
+        self.linear = base
+        # Bypasses nn.Module's setter, because these are not parameters of the model.
+        for name, value in {"stacks": {}, "path": path, "current": current}.items():
+            object.__setattr__(self, name, value)
 
-    def updates(self, rows: int) -> Iterator[tuple[RowSlots, Stack]]:
-        """The slots and stacks to apply to an input of `rows` rows.
+    def updates(self) -> Iterator[tuple[RowSlots, Stack]]:
+        """The slots and stacks to apply to the batch."""
+        for row_slots in self.current.row_slots:
+            if stack := self.stacks.get(row_slots.width):
+                yield row_slots, stack
+
+    def by_row(self, x: mx.array) -> mx.array:
+        """An input (rows, ...) or (rows * tokens, dims) as (rows, tokens, dims).
 
         Raises:
-            RunError: the input has another number of rows than the batch.
+            RunError: the first axis cannot be divided among the rows.
         """
-        for row_slots in self.current.row_slots:
-            stack = self.stacks.get(row_slots.width)
-            if stack is None:
-                continue
-            if rows != self.current.rows:
-                raise RunError(
-                    f"a layer got {rows} rows in a batch of {self.current.rows}: this architecture "
-                    "mixes the rows before the layer, so they cannot have different adapters"
-                )
-            yield row_slots, stack
+        self.check_rows(self.current.row_numbers(x), x)
+        return x.reshape(self.current.rows, -1, x.shape[-1])
+
+    def check_rows(self, rows: mx.array | None, x: mx.array) -> mx.array:
+        """The rows of an input's items, if they are known.
+
+        Raises:
+            RunError: they are not.
+        """
+        if rows is None:
+            raise RunError(
+                f"{self.path} got an input of shape {x.shape} in a batch of {self.current.rows} "
+                "rows: this architecture mixes the rows before the layer, so they cannot have "
+                "different adapters"
+            )
+        return rows
 
     @property
     def weight(self) -> mx.array:
@@ -271,17 +351,26 @@ class _BankedLayer(nn.Module):
             RunError: rows have adapters for this layer, which such modules would ignore.
         """
         if any(row_slots.width in self.stacks for row_slots in self.current.row_slots):
-            raise RunError("this architecture reads a weight that rows have adapters for")
+            raise RunError(
+                f"this architecture reads the weight of {self.path}, which rows have adapters for"
+            )
         return self.linear.weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Some modules cast a layer's weight before they read it.
+        if name == "weight":
+            self.linear.weight = value
+        else:
+            super().__setattr__(name, value)
 
 
 class _BankedLinear(_BankedLayer):
     def __call__(self, x: mx.array) -> mx.array:
-        """(rows, ..., input_dims) to (rows, ..., output_dims)."""
+        """(rows, ..., input_dims) to (rows, ..., output_dims); also (rows * tokens, ...)."""
         y = self.linear(x)
-        for row_slots, (a, b) in self.updates(x.shape[0]):
-            flat = x.reshape(x.shape[0], -1, x.shape[-1])
-            y = y + _product(flat, a, b, row_slots).reshape(y.shape).astype(y.dtype)
+        for row_slots, (a, b) in self.updates():
+            update = _product(self.by_row(x), a, b, row_slots)
+            y = y + update.reshape(y.shape).astype(y.dtype)
         return y
 
 
@@ -289,21 +378,82 @@ class _BankedEmbedding(_BankedLayer):
     def __call__(self, ids: mx.array) -> mx.array:
         """Token ids (rows, tokens) to (rows, tokens, dims)."""
         y = self.linear(ids)
-        for row_slots, (a, b, _) in self.updates(ids.shape[0]):
-            z = _scaled(a[row_slots.slots[:, None], ids], row_slots)
-            y = y + mx.gather_mm(z, b, rhs_indices=row_slots.slots).astype(y.dtype)
+        for row_slots, (a, b, _) in self.updates():
+            by_row = self.by_row(ids[..., None])[..., 0]
+            z = _scaled(a[row_slots.slots[:, None], by_row], row_slots)
+            update = mx.gather_mm(z, b, rhs_indices=row_slots.slots)
+            y = y + update.reshape(y.shape).astype(y.dtype)
         return y
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output projection tied to the embedding: (..., dims) to (..., vocabulary)."""
         y = self.linear.as_linear(x)
-        for row_slots, (a, b, tied) in self.updates(x.shape[0]):
-            z = x * tied[row_slots.slots][:, None, None]
-            y = y + _product(z, b.swapaxes(1, 2), a.swapaxes(1, 2), row_slots).astype(y.dtype)
+        for row_slots, (a, b, tied) in self.updates():
+            z = self.by_row(x) * tied[row_slots.slots][:, None, None]
+            update = _product(z, b.swapaxes(1, 2), a.swapaxes(1, 2), row_slots)
+            y = y + update.reshape(y.shape).astype(y.dtype)
         return y
 
 
-_LAYERS: Mapping[int, Any] = {2: _BankedLinear, 3: _BankedEmbedding}
+class _BankedExperts(_BankedLayer):
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Tokens (..., 1, input_dims) to (..., experts of a token, 1, output_dims).
+
+        Args:
+            x: tokens; in a block, one for each index once they are sorted.
+            indices: of the experts, which carry rows in a block that does so.
+            sorted_indices: whether tokens are in the order of their experts.
+        """
+        rows = None
+        if self.current.carries_rows:
+            indices, rows = indices // self.current.rows, indices % self.current.rows
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        for row_slots, (a, b) in self.updates():
+            if rows is None:
+                rows = self._rows(x, is_sorted=sorted_indices)
+            chosen = row_slots.slots[rows] * a.shape[1] + indices
+            z = mx.gather_mm(x, a.flatten(0, 1), rhs_indices=chosen)
+            if row_slots.scales is not None:
+                z = z * row_slots.scales[rows].astype(z.dtype)
+            y = y + mx.gather_mm(z, b.flatten(0, 1), rhs_indices=chosen).astype(y.dtype)
+        return y
+
+    def _rows(self, x: mx.array, *, is_sorted: bool) -> mx.array:
+        """The row of each token, shaped to be indexed with the tokens' experts."""
+        known = not is_sorted or self.current.rows == 1
+        rows = self.check_rows(self.current.row_numbers(x) if known else None, x)
+        return rows.reshape(-1, *[1] * (x.ndim - 3))
+
+
+_LAYERS: Mapping[str, type[_BankedLayer]] = {
+    LINEAR.name: _BankedLinear,
+    EMBEDDING.name: _BankedEmbedding,
+    EXPERTS.name: _BankedExperts,
+}
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _is_expert_block(module: nn.Module | None) -> bool:
+    """Whether a module passes indices on to layers of experts."""
+    names = (f"{parent.__module__}.{parent.__qualname__}" for parent in type(module).__mro__)
+    return any(name in EXPERT_BLOCKS for name in names)
+
+
+def _make_carrying(current: _CurrentBatch) -> Callable[[type], type]:
+    """Makes variants of blocks of experts whose indices carry rows."""
+
+    def make(block: Any) -> type:
+        def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+            with current.carrying(indices) as carried:
+                y: mx.array = block.__call__(self, x, carried)
+                return y
+
+        return variant(block, __call__=call)
+
+    return make
 
 
 def _product(x: mx.array, a: mx.array, b: mx.array, row_slots: RowSlots) -> mx.array:

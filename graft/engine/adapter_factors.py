@@ -15,6 +15,7 @@ from graft.adapters.layer_config import config_problems, resolve_kind
 from graft.adapters.layer_kinds import (
     EMBEDDING,
     EMBEDDING_INPUT,
+    EXPERTS,
     LINEAR,
     LayerKind,
     kind_of,
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 SMALLEST_WIDTH = 8
-MIXABLE_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT)
+MIXABLE_KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT, EXPERTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,10 @@ class BankFactors:
 
     Attributes:
         layers: (A, B) by module path for linear layers: A (input_dims, width) and B (width,
-            output_dims), which includes the adapter's scale. For embeddings (A, B, tied), where
-            tied is 1 if the output tied to the embedding is adapted too, and 0 if not. The bank
-            clears it once it has copied the factors.
+            output_dims), which includes the adapter's scale. For experts both have an axis
+            of experts before these. For embeddings (A, B, tied), where tied is 1 if the output tied
+            to the embedding is adapted too, and 0 if not. The bank clears it once it has copied
+            the factors.
         paths: paths of the layers.
         width: the rank that the factors are padded to, a power of two.
         rank: highest rank of its layers.
@@ -105,7 +107,7 @@ def make_factors(
         ]
     if problems:
         raise AdapterDoesNotFit(f"adapter {name} does not fit: {'; '.join(problems)}")
-    rank = max((pair[1].shape[0] for pair in layers.values()), default=1)
+    rank = max((arrays[1].shape[-2] for arrays in layers.values()), default=1)
     width = width_of(rank)
     return BankFactors(
         {path: _padded(arrays, width) for path, arrays in layers.items()},
@@ -147,6 +149,9 @@ def layer_shapes(module: nn.Module, width: int) -> tuple[tuple[int, ...], ...] |
     if kind is EMBEDDING:
         vocabulary, dims = weight_shape(module)
         return (vocabulary, width), (width, dims), ()
+    if kind is EXPERTS:
+        experts, outputs, inputs = weight_shape(module)
+        return (experts, inputs, width), (experts, width, outputs)
     return None
 
 
@@ -186,7 +191,8 @@ def _shape_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[
 
 def _arrays(kind: LayerKind | None, layer: Factors) -> tuple[Array, ...]:
     """A, B times the scale, and for an embedding whether the tied output is adapted too."""
-    a, b = np.array(layer.a.astype(mx.float32)), np.array(layer.b.astype(mx.float32) * layer.scale)
+    matrix_a, matrix_b = layer.matrices
+    a, b = np.array(matrix_a), np.array(matrix_b * layer.scale)
     if kind in (EMBEDDING, EMBEDDING_INPUT):
         return a, b, np.array(kind is EMBEDDING, dtype=np.float32)
     return a, b
@@ -194,8 +200,10 @@ def _arrays(kind: LayerKind | None, layer: Factors) -> tuple[Array, ...]:
 
 def _padded(arrays: tuple[Array, ...], width: int) -> tuple[Array, ...]:
     a, b, *others = arrays
-    missing = width - b.shape[0]
-    return np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0))), *others
+    missing = width - a.shape[-1]
+    leading = ((0, 0),) * (a.ndim - 2)
+    padded_a = np.pad(a, (*leading, (0, 0), (0, missing)))
+    return padded_a, np.pad(b, (*leading, (0, missing), (0, 0))), *others
 
 
 def _digest(layers: Mapping[str, tuple[Array, ...]]) -> str:

@@ -17,16 +17,16 @@ from typing import Any
 
 from graft.adapters.attach import lora_layers
 from graft.console import note
-from graft.engine.adapter_bank import AdapterBank
+from graft.engine.adapter_bank import AdapterBank, ScaledAdapters
 from graft.engine.adapter_factors import BankFactors, check_bank_rank, read_factors
 from graft.engine.errors import AdapterDoesNotFit, EngineClosed, PromptTooLong, QueueFull
 from graft.engine.loop import EngineLoop
 from graft.engine.registry import AdapterInfo, AdapterRegistry, LoadedAdapter
 from graft.engine.request import Request, Sampling, check_ids, check_scales
-from graft.engine.row_adapters import MultiAdapterModel, can_batch
+from graft.engine.row_adapters import MultiAdapterModel, can_batch, try_rows
 from graft.engine.stats import EngineStats, RequestCounts
 from graft.engine.streams import Completion, Continuation, Stream
-from graft.errors import InputError
+from graft.errors import InputError, first_line
 from graft.pretrained.tokenizer import Tokenizer, encode_text
 from graft.pretrained.vocabulary import vocabulary_rows
 
@@ -60,7 +60,7 @@ class Engine:
         tokenizer_lock: hold it while using the tokenizer elsewhere.
 
     Raises:
-        InputError: a limit is below 1.
+        InputError: a limit is below 1, or mlx-lm fails to generate with the model.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Engine:
         self._context: int | None = getattr(args, "max_position_embeddings", None)
         self._vocabulary = vocabulary_rows(model)
         self._max_prompt = max_prompt_tokens or self._context
+        self._tried: frozenset[str] = frozenset()  # layers whose adapters go to their rows
         self._has_attached_adapter = bool(lora_layers(model))
         self.bank_bytes = 0 if self._has_attached_adapter else self._bank.bank_bytes
         self._adapters = AdapterRegistry(max_adapters)
@@ -350,13 +351,43 @@ class Engine:
     def _install(
         self, name: str, path: str, factors: BankFactors, on_done: Callable[[AdapterInfo], None]
     ) -> Iterator[None]:
+        # Only an update that is not zero shows whether it goes to its row.
+        shown = {path for path, (_, b, *_) in factors.layers.items() if b.any()}
         yield from self._bank.install(factors)
+        if not factors.paths <= self._tried:
+            try:
+                yield from self._try_adapter(name, factors)
+            except InputError:
+                yield from self._bank.remove(factors)
+                raise
+            self._tried |= shown
         with self._loop.changed:
             nbytes = self._bank.bytes_of(factors)
             info, replaced = self._adapters.register(name, path, factors, nbytes)
         on_done(info)
         if replaced is not None:
             yield from self._remove(replaced)
+
+    def _try_adapter(self, name: str, factors: BankFactors) -> Iterator[None]:
+        """Compute a row with the adapter and one without it, each alone and both in one batch.
+
+        Raises:
+            AdapterDoesNotFit: the architecture fails with it, or mixes the rows.
+        """
+        together = self._max_rows > 1
+        model = MultiAdapterModel(self._bank.model, self._bank, single_row=not together)
+        rows: list[ScaledAdapters] = [((factors, 1.0),), ()]
+        passed = 0
+        try:
+            for _ in try_rows(model, rows, together=together):
+                yield
+                passed += 1
+        except Exception as error:  # architectures fail in different ways
+            advice = "; --max-rows 1 can serve it" if passed == len(rows) else ""
+            raise AdapterDoesNotFit(
+                f"adapter {name} cannot be served on mlx-lm's {_model_type(self._bank.model)}: "
+                f"{first_line(error)}{advice}"
+            ) from error
 
     def _remove(self, adapter: LoadedAdapter) -> Iterator[None]:
         yield from self._bank.remove(adapter.factors)
@@ -383,11 +414,22 @@ def _check_limits(**limits: int | None) -> None:
 
 def _possible_rows(model: nn.Module, bank: AdapterBank, wanted: int) -> int:
     """The wanted number of rows in a step, or 1 if mlx-lm cannot batch the architecture."""
+    try:
+        for _ in try_rows(MultiAdapterModel(model, bank, single_row=True), [()], together=False):
+            pass
+    except Exception as error:  # architectures fail in different ways
+        raise InputError(
+            f"mlx-lm's {_model_type(model)} cannot generate: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     if wanted == 1 or can_batch(MultiAdapterModel(model, bank)):
         return wanted
-    name = getattr(getattr(model, "args", None), "model_type", type(model).__name__)
     note(
-        f"mlx-lm's {name} cannot compute rows of different lengths together, so requests are "
-        "answered one at a time"
+        f"mlx-lm's {_model_type(model)} cannot compute rows of different lengths together, so "
+        "requests are answered one at a time"
     )
     return 1
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "args", None), "model_type", type(model).__name__))

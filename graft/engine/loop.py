@@ -19,7 +19,7 @@ from graft.engine.batcher import Batcher
 from graft.engine.errors import EngineClosed, EngineFailed
 from graft.engine.request import Request
 from graft.engine.throughput import Throughput
-from graft.errors import first_line
+from graft.errors import InputError, first_line
 from graft.pretrained.tokenizer import Tokenizer
 
 import mlx.core as mx
@@ -113,6 +113,7 @@ class EngineLoop:
 
         Raises:
             EngineClosed: the engine was closed first.
+            InputError: the change was refused.
             EngineFailed: the change failed.
         """
         change = _BankChange(work)
@@ -194,6 +195,8 @@ class EngineLoop:
                 next(change.work)
             except StopIteration:
                 self._end_bank_change(None)
+            except InputError as error:
+                self._end_bank_change(error)
             except Exception as error:
                 self._end_bank_change(_failure("changing the adapters failed", error))
             if (len(self.batcher) or self.queue) and time.perf_counter() > until:

@@ -7,11 +7,12 @@ together with the row. `MultiAdapterModel` therefore adds an entry before those 
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from graft.engine.adapter_bank import AdapterBank, RowSlots, ScaledAdapters
-from graft.runtime.agreement import difference
+from graft.errors import RunError
+from graft.runtime.agreement import agrees
 from graft.runtime.overriding import override, variant
 
 import mlx.core as mx
@@ -151,24 +152,53 @@ def can_batch(model: MultiAdapterModel) -> bool:
 
     Some architectures of mlx-lm fail with the masks of such batches, so this is measured.
     """
-    prompts, following = [[1, 2, 3], [4, 5, 6, 7, 8]], [9, 10]
+    try:
+        for _ in try_rows(model, [(), ()], together=True):
+            pass
+    except Exception:  # architectures fail in different ways
+        return False
+    return True
+
+
+def try_rows(
+    model: MultiAdapterModel, rows: Sequence[ScaledAdapters], *, together: bool
+) -> Iterator[None]:
+    """Compute rows of different lengths, a pass of the model for each item.
+
+    Each row has a prompt, of more tokens than mlx-lm leaves in the order of their rows, and then a
+    token.
+
+    Args:
+        model: to try.
+        rows: the adapters of each row.
+        together: whether to compute them in one batch too, and compare.
+
+    Raises:
+        RunError: rows have other logits in the batch.
+        Exception: the model fails.
+    """
+    prompts = [[1 + (5 * row + n) % 9 for n in range(37 - 14 * row)] for row in range(len(rows))]
+    following = [9 - row for row in range(len(rows))]
     alone = []
-    for prompt, token in zip(prompts, following, strict=True):
-        cache = model.make_cache()
-        model(mx.array([prompt]), cache)
-        alone.append(model(mx.array([[token]]), cache))
+    for prompt, token, adapters in zip(prompts, following, rows, strict=True):
+        cache = model.make_cache(adapters)
+        logits = [model(mx.array([ids]), cache)[:, -1] for ids in (prompt, [token])]
+        mx.eval(logits)
+        alone.append(mx.stack(logits))
+        yield
+    if not together:
+        return
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-
-    def together() -> mx.array:
-        rows = [model.make_cache() for _ in prompts]
-        batch = [entries[0].merge(list(entries)) for entries in zip(*rows, strict=True)]
-        for entry in batch:
-            entry.prepare(lengths=list(map(len, prompts)), right_padding=padding)
-        padded = [prompt + [0] * count for prompt, count in zip(prompts, padding, strict=True)]
-        model(mx.array(padded), batch)
-        for entry in batch:
-            entry.finalize()
-        return model(mx.array(following)[:, None], batch)
-
-    return not difference(together, mx.concatenate(alone), dtype=model.dtype)
+    caches = [model.make_cache(adapters) for adapters in rows]
+    batch = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
+    for entry in batch:
+        entry.prepare(lengths=list(map(len, prompts)), right_padding=padding)
+    padded = [prompt + [0] * count for prompt, count in zip(prompts, padding, strict=True)]
+    read = model(mx.array(padded), batch)
+    ends = mx.stack([read[row, len(prompt) - 1] for row, prompt in enumerate(prompts)])
+    for entry in batch:
+        entry.finalize()
+    generated = model(mx.array(following)[:, None], batch)[:, -1]
+    if not agrees(mx.stack([ends, generated]), mx.concatenate(alone, axis=1), dtype=model.dtype):
+        raise RunError("this architecture mixes the rows of a batch")

@@ -139,6 +139,13 @@ EXPERT_LAYERS = (
     "mlx_lm.models.switch_layers.QuantizedSwitchLinear",
 )
 
+# mlx-lm's blocks of such layers. A block is called with tokens and the indices of each token's
+# experts, and passes the indices on to its layers, sorted by expert if there are many.
+EXPERT_BLOCKS = (
+    "mlx_lm.models.switch_layers.SwitchGLU",
+    "mlx_lm.models.switch_layers.SwitchMLP",
+)
+
 # Fused projections by the last part of their path, with the parts in their order.
 QUERY_KEY_VALUE = ("q", "k", "v")
 FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {

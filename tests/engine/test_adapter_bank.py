@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from support.architectures import architectures
 from support.fast_cases import ARCHITECTURES, SMALL
 from support.served import PLANS, Adapter, logits_with, make_adapter
 from support.tiny import LLAMA, QWEN2, make_model
@@ -102,13 +103,49 @@ def test_rows_keep_apart_in_every_architecture(name: str) -> None:
         assert largest_difference(logits[number], solo[number]) < 1e-5 * size
 
 
-def test_the_attention_of_a_model_of_experts_can_be_adapted() -> None:
-    model = make_model({**SMALL, "model_type": "mixtral", **ARCHITECTURES["mixtral"]})
-    adapter = make_adapter(model, targets="q_proj,o_proj")
-    expected = logits_with(model, TOKENS[:2], adapter)
+FEED_FORWARDS = {
+    "mixtral": ("gate_proj", "down_proj"),
+    "olmoe": ("gate_proj", "down_proj"),
+    "phixtral": ("fc1", "fc2"),
+}
+
+
+# 10 tokens are few enough to stay in their order, and 120 are sorted by expert. olmoe
+# flattens the rows of a batch into one axis, and phixtral's experts have two layers.
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", FEED_FORWARDS)
+def test_experts_know_the_row_of_a_token_in_any_order(name: str, bits: int | None) -> None:
+    model = make_model(architectures()[name])
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+        suit_backend(model)
+    first, last = FEED_FORWARDS[name]
+    plans = [("all-linear", 2), (first, 11), ("all-linear", 4), (last, 11)]
+    adapters = [
+        make_adapter(model, seed=n, targets=targets, rank=rank)
+        for n, (targets, rank) in enumerate(plans)
+    ]
+    lengths = 2, 24
+    tokens = {n: mx.array(np.random.default_rng(0).integers(3, 500, (5, n))) for n in lengths}
+    expected = {
+        length: [
+            logits_with(model, tokens[length][n : n + 1], adapter, n - 0.5)[0]
+            for n, adapter in enumerate((None, *adapters))
+        ]
+        for length in lengths
+    }
     bank = bank_of(model)
-    logits = mixed(bank, [((install(bank, adapter), 1.0),)] * 2)
-    assert largest_difference(logits, expected) < 1e-5
+    factors = [install(bank, adapter) for adapter in adapters]
+    rows: list[ScaledAdapters] = [(), *(((each, 0.5 + n),) for n, each in enumerate(factors))]
+    for length in lengths:
+        logits = mixed(bank, rows, tokens[length])
+        for number, solo in enumerate(expected[length]):
+            size = max(1.0, mx.abs(solo).max().item())
+            assert largest_difference(logits[number], solo) < 2e-5 * size
+            assert number == 0 or largest_difference(logits[number], logits[0]) > 1e-3
+    for each in factors:
+        remove(bank, each)
+    assert not any("Banked" in repr(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", [None, "embedding-input"])
@@ -332,7 +369,7 @@ class Peeking(Flattening):
 
 
 @pytest.mark.parametrize(
-    "kind, said", [(Flattening, "mixes the rows"), (Peeking, "reads a weight")]
+    "kind, said", [(Flattening, "mixes the rows"), (Peeking, "reads the weight of layer")]
 )
 def test_a_model_that_passes_the_rows_by_is_no_silent_base(kind: Any, said: str) -> None:
     model = kind()

@@ -106,7 +106,6 @@ def test_layers_that_the_model_lacks_are_named() -> None:
     "targets, method, said",
     [
         ("model.norm", "lora", r"model\.norm \(vector\)"),
-        ("switch_mlp.up_proj", "lora", r"layers\.2\.block_sparse_moe\.switch_mlp\.up_proj \(expe"),
         ("q_proj", "dora", r"layers\.2\.self_attn\.q_proj \(dora\)"),
         ("q_proj", "merge-first", r"layers\.2\.self_attn\.q_proj \(weight\)"),
     ],

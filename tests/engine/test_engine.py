@@ -12,12 +12,15 @@ from typing import Any
 
 from graft.adapters.adapter import Adapter
 from graft.adapters.attach import attach, lora_layers
+from graft.adapters.formats.mlx_lm import write_mlx_lm
 from graft.adapters.targets import plan
 from graft.engine.engine import Engine
 from graft.engine.errors import (
     AdapterDoesNotFit,
 )
 from graft.engine.stats import RequestCounts
+from graft.errors import InputError
+from graft.pretrained.base_config import BaseConfig
 from graft.pretrained.load import load_model
 from graft.pretrained.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,12 +30,84 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from support.architectures import architectures
 from support.engines import NAMES, alone, ids_of, prompt_of
 from support.fast_cases import ARCHITECTURES, SMALL
 from support.served import attached, logits_with, make_adapter, write
 from support.tiny import LLAMA, QWEN2, make_model, write_hugging_face_tokenizer, write_model
 
+MIXTRAL = architectures()["mixtral"]
+
 # Rows
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_experts_of_a_row_s_own_have_the_tokens_of_its_solo_run(
+    bits: int | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Prompts of more and of fewer tokens than mlx-lm sorts by expert; one file is mlx-lm's."""
+    model = make_model(MIXTRAL)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    plans = [("all-linear", 2), ("gate_proj,up_proj,down_proj", 11), ("q_proj,down_proj", 16)]
+    adapters = [
+        make_adapter(model, seed=n, targets=targets, rank=rank)
+        for n, (targets, rank) in enumerate(plans)
+    ]
+    folders = [write(tmp_path / str(n), adapter) for n, adapter in enumerate(adapters)]
+    write_mlx_lm(adapters[1], folders[1] / "mlx-lm", base=BaseConfig("base", MIXTRAL))
+    folders[1] /= "mlx-lm"
+    rows = [
+        (number, prompt_of(number, 3 + 45 * (number % 2)), 4 + 3 * (number % 3))
+        for number in range(8)
+    ]
+    chosen = [None, *adapters]
+    expected = [alone(model, prompt, chosen[n % 4], count) for n, prompt, count in rows]
+    with Engine(model, tokenizer, max_rows=8) as engine:
+        for number, folder in enumerate(folders, 1):
+            engine.load_adapter(f"{number}", folder)
+        streams = [
+            engine.submit(prompt, adapters={f"{n % 4}": 1.0} if n % 4 else {}, max_tokens=count)
+            for n, prompt, count in rows
+        ]
+        assert [ids_of(stream) for stream in streams] == expected
+    assert len({tuple(tokens[:3]) for tokens in expected}) > 4
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("olmoe", None),
+        ("minimax_m3_vl", None),
+        ("dbrx", r"mlx-lm's dbrx: .*--max-rows 1"),
+        ("gemma3n", r"mlx-lm's gemma3n: .*reads the weight of .*_coefs"),
+    ],
+)
+def test_an_adapter_is_served_right_or_refused_when_it_is_loaded(
+    name: str, said: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = make_model(architectures()[name])
+    adapter = make_adapter(model, targets="all-linear", rank=2)
+    folder, prompt = write(tmp_path / "a", adapter), prompt_of(1, 40)
+    base = alone(model, prompt, None, 4)
+    adapted = None if said else alone(model, prompt, adapter, 4)
+    with Engine(model, tokenizer) as engine:
+        running = engine.submit(prompt, max_tokens=4)
+        if said:
+            with pytest.raises(AdapterDoesNotFit, match=said):
+                engine.load_adapter("a", folder)
+            assert engine.adapters() == []
+        else:
+            engine.load_adapter("a", folder)
+            answer = engine.submit(prompt, adapters={"a": 1.0}, max_tokens=4)
+            beside = engine.submit(prompt, max_tokens=4)
+            assert ids_of(answer) == adapted and ids_of(beside) == base
+        assert ids_of(running) == base == ids_of(engine.submit(prompt, max_tokens=4))
+
+
+def test_a_model_that_cannot_generate_is_refused_by_name(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="mlx-lm's gear cannot generate: AttributeError"):
+        Engine(make_model(architectures()["gear"]), tokenizer)
 
 
 def test_rows_that_join_and_leave_have_the_tokens_of_their_solo_runs(
