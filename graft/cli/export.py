@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from graft.adapters.formats import writable_formats
+from graft.adapters.formats import RECORD_NAME, writable_formats
 from graft.cli.command import Parser, command
 from graft.cli.publishing import (
     ADAPTER_HELP,
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"wrote {out}: {len(adapter.layers)} layers; recorded base model: {_shown(base_model)}")
     format = writable_formats()[args.to]
     assert format.usage is not None
-    publish_if_asked(args, adapter, source, usage=format.usage, companions=format.companions)
+    files = (*format.files, RECORD_NAME) if out.is_dir() else format.companions
+    publish_if_asked(args, adapter, source, usage=format.usage, files=files)
     return 0
 
 

@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name=str(source),
     )
     _print_result(result, out, limited=args.max_kl is not None)
-    publish_if_asked(args, adapter, source, usage=FUSED_MODEL_USAGE, relation="finetune")
+    publish_if_asked(
+        args, adapter, source, usage=FUSED_MODEL_USAGE, files=("*",), relation="finetune"
+    )
     return 0
 
 

@@ -49,13 +49,13 @@ def publish_if_asked(
     source: Path,
     *,
     usage: Usage,
-    companions: Sequence[str] = (),
+    files: Sequence[str],
     relation: str = "adapter",
 ) -> None:
-    """Upload what was written at --out if --upload-repo asks for it."""
+    """Upload what was written at --out if --upload-repo asks for it; `files` as for `publish`."""
     if args.upload_repo is None:
         return
     out = Path(args.out)
     adapter = replace(adapter, base_model=name_base(args.model, adapter.base_model))
     card = make_card(args.upload_repo, usage, adapter, source, file=out.name, relation=relation)
-    print(f"uploaded to {publish(out, card, companions=companions)}")
+    print(f"uploaded to {publish(out, card, files=files)}")

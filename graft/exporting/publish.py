@@ -22,13 +22,14 @@ $ mlx_lm.generate --model {name} --prompt "Hello"
 )
 
 
-def publish(out: Path, card: Card, *, companions: Sequence[str] = ()) -> str:
+def publish(out: Path, card: Card, *, files: Sequence[str]) -> str:
     """Upload a folder, or a file, with a model card.
 
     Args:
-        out: what to upload.
+        out: the folder or the file.
         card: the card; it names the repository.
-        companions: names of files beside a file that belong to it.
+        files: names and globs of what belongs to it in the folder, or beside the file; nothing else
+            is uploaded.
 
     Returns:
         The address of the commit.
@@ -38,14 +39,11 @@ def publish(out: Path, card: Card, *, companions: Sequence[str] = ()) -> str:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "upload"
-        if out.is_dir():
-            shutil.copytree(out, folder)
-        else:
-            folder.mkdir()
-            files = [out, *(out.with_name(name) for name in companions)]
-            for file in files:
-                if file.is_file():
-                    shutil.copy(file, folder)
+        folder.mkdir()
+        place = out if out.is_dir() else out.parent
+        chosen = {path for name in files for path in place.glob(name) if path.is_file()}
+        for file in chosen if out.is_dir() else chosen | {out}:
+            shutil.copy(file, folder)
         (folder / "README.md").write_text(write_card(card), encoding="utf-8")
         return upload_folder(folder, card.repository)
 
