@@ -158,9 +158,11 @@ def convert(
 
 def _check_replaceable(out: Path, checkpoint: Path) -> None:
     """Keep --force from deleting the checkpoint, the current folder, or what is not a model."""
-    kept = {checkpoint.resolve(): "the checkpoint", Path.cwd(): "the current folder"}
+    kept = {checkpoint: "the checkpoint", Path.cwd(): "the current folder"}
+    real_out = Path(os.path.realpath(out))  # unlike resolve(), accepts a loop of links
     for path, meaning in kept.items():
-        if out.resolve() in (path, *path.parents):
+        real = Path(os.path.realpath(path))
+        if real_out in (real, *real.parents):
             raise InputError(f"--mlx-path {out} is or holds {meaning}; name another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
         raise InputError(f"{out} holds no model (no config.json), so --force does not replace it")

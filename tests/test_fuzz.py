@@ -347,7 +347,7 @@ def test_a_changed_input_is_read_or_refused_in_one_line(
 def test_a_thousand_changed_inputs_are_read_or_refused_in_one_line(
     runner: Callable[[Case, random.Random], str | None],
 ) -> None:
-    check(runner, SEED + 1, COUNT)
+    check(runner, SEED, COUNT)
 
 
 def bodies() -> Iterator[tuple[str, bytes]]:
@@ -400,4 +400,4 @@ def test_a_changed_request_is_answered_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_changed_requests_are_answered_or_refused(tmp_path: Path) -> None:
-    check_requests(tmp_path, SEED + 1, COUNT // 2)
+    check_requests(tmp_path, SEED, COUNT // 2)

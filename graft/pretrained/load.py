@@ -164,10 +164,12 @@ def _with_end_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     listed = read_json_file(file).get("eos_token_id") if file.is_file() else None
     ids = config.get("eos_token_id") if listed is None else listed
     tokens = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(token) is int for token in tokens):
+    if not all(type(token) is int and token < 2**31 for token in tokens):
         name = "config.json" if listed is None else file.name
         raise InputError(f"{folder}/{name}: eos_token_id {str(ids)[:80]} is not a list of tokens")
-    return config if listed is None else config | {"eos_token_id": ids}
+    if listed is None and all(token >= 0 for token in tokens):
+        return config
+    return config | {"eos_token_id": [token for token in tokens if token >= 0]}  # -1 is none
 
 
 def _ready(model: nn.Module) -> nn.Module:

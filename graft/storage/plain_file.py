@@ -5,6 +5,8 @@ A pipe can block forever and a device can be endless, so neither is opened.
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,20 +36,35 @@ def open_plain(path: Path) -> BinaryIO:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
 
 
+def read_start(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with open_plain(path) as file, _errors_name(path):
+        return file.read(count)
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
 def read_plain_bytes(path: Path, *, most_bytes: int | None = None) -> bytes:
     """The content of a regular file.
 
     Raises:
         InputError: it cannot be read, or is larger than `most_bytes`.
     """
-    with open_plain(path) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            if most_bytes is not None and size > most_bytes:
-                raise InputError(f"cannot read {path}: {size:,} bytes are more than {most_bytes:,}")
-            return file.read()
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with open_plain(path) as file, _errors_name(path):
+        size = os.fstat(file.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            raise InputError(f"cannot read {path}: {size:,} bytes are more than {most_bytes:,}")
+        return file.read()
 
 
 def read_plain_text(path: Path, *, most_bytes: int | None = None) -> str:

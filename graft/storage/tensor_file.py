@@ -11,7 +11,7 @@ from pathlib import Path
 from graft.errors import InputError, first_line
 from graft.storage.lazy_tensors import LazyTensor, read, size_bytes
 from graft.storage.npz import load_npz
-from graft.storage.plain_file import open_plain
+from graft.storage.plain_file import read_start
 from graft.storage.safetensors import load_safetensors, open_safetensors
 from graft.storage.torch_file import open_torch_file
 
@@ -47,9 +47,7 @@ def read_weight_file(path: Path) -> dict[str, mx.array]:
 
 def _read(path: Path, *, lazily: bool) -> dict[str, mx.array]:
     try:
-        with open_plain(path) as file:
-            start = file.read(2)
-        if start != b"PK":
+        if read_start(path, 2) != b"PK":
             stored = open_safetensors(path)
             loadable = not any(tensor.float8 == "F8_E5M2" for tensor in stored.values())
             return load_safetensors(path) if lazily and loadable else _read_stored(path, stored)

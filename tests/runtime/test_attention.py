@@ -262,9 +262,18 @@ def test_an_error_in_a_model_leaves_mlx_as_it_was() -> None:
 
 def test_importing_graft_and_loading_a_model_change_nothing_in_mlx() -> None:
     code = (
-        "import mlx.core as mx\n"
+        "import os, signal, sys, threading, warnings, numpy, mlx.core as mx\n"
+        "def process():\n"
+        "    handlers = [signal.getsignal(number) for number in signal.valid_signals()]\n"
+        "    streams = sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors, sys.excepthook\n"
+        "    return dict(os.environ), handlers, list(sys.path), list(warnings.filters), streams, "
+        "os.getcwd(), threading.active_count()\n"
+        "unchanged = process()\n"
         "before = mx.fast.scaled_dot_product_attention, mx.sigmoid\n"
-        "import graft\nfrom graft.pretrained.load import load_model\n"
+        "import graft\n"
+        "for name in graft.__all__: getattr(graft, name)\n"
+        "assert process() == unchanged\n"
+        "from graft.pretrained.load import load_model\n"
         "model, _, _ = load_model()\nmx.eval(model(mx.arange(64)[None]))\n"
         "assert before == (mx.fast.scaled_dot_product_attention, mx.sigmoid)\n"
     )

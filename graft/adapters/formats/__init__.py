@@ -14,7 +14,7 @@ from typing import Any
 from graft.adapters.adapter import Adapter
 from graft.errors import InputError
 from graft.storage.json_file import read_json_file
-from graft.storage.plain_file import open_plain
+from graft.storage.plain_file import read_start
 
 RECORD_NAME = "adapter_config.json"
 
@@ -135,8 +135,7 @@ def detect_format(path: Path) -> Format:
     Raises:
         InputError: it has no format that Graft knows.
     """
-    with open_plain(path) as file:
-        start = file.read(4)
+    start = read_start(path, 4)
     for format in FORMATS.values():
         if format.magic and start.startswith(format.magic):
             return format
