@@ -20,6 +20,7 @@ from graft.cli.run_options import options_parser, parse_options
 from graft.data.collate import Batch
 from graft.data.examples import Split
 from graft.errors import RunError
+from graft.pretrained.context_length import context_length
 from graft.pretrained.load import load_model
 from graft.pretrained.tokenizer import Tokenizer
 from graft.runtime.interrupts import Interrupts
@@ -265,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options(options, resumes=checkpoint is not None)
     if options.train and options.restarts and not is_supervised():
         return supervise_run(options, arguments)
-    model, tokenizer, config = load_model(options.model)
-    splits = load_data(options, tokenizer, context=config.get("max_position_embeddings"))
+    model, tokenizer, _ = load_model(options.model)
+    splits = load_data(options, tokenizer, context=context_length(model))
     if options.train:
         _, status = run_training(model, splits, options, checkpoint)
         if status:

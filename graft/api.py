@@ -12,6 +12,7 @@ from typing import Any
 from graft.adapters.attach import lora_layers
 from graft.data.examples import load_splits
 from graft.errors import InputError
+from graft.pretrained.context_length import context_length
 from graft.pretrained.tokenizer import Tokenizer
 from graft.training.check_options import check_options
 from graft.training.chunked_loss import use_chunked_loss
@@ -19,7 +20,6 @@ from graft.training.evaluate import Evaluation, evaluate_split
 from graft.training.frozen_prefix import prefix_removed
 from graft.training.objectives import get_objective
 from graft.training.options import flag, from_mapping
-from graft.training.packing import context_length
 from graft.training.run import Run
 from graft.training.setup import load_data, resolve_options
 

@@ -27,7 +27,7 @@ EXTRA = {
     "lora": {"command", "files", "generation", "training"},
     "adapters": {"any_model"},
     "cli": {"main"},
-    "pretrained": {"reference", "sapling"},
+    "pretrained": {"every_architecture", "reference", "sapling"},
 }
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.adapters.fused_projections import find_fused_parts
-from graft.adapters.layer_config import LayerConfig, config_problems
+from graft.adapters.layer_config import LayerConfig, config_problems, largest_rank
 from graft.adapters.layer_kinds import EXPERTS, LINEAR, VECTOR, FusedParts, LayerKind, kind_of
 from graft.adapters.methods import METHODS
 from graft.console import note
 from graft.errors import InputError
-from graft.pretrained.architectures import FEED_FORWARD_OUTPUTS
-from graft.pretrained.module_paths import natural_key
+from graft.pretrained.architectures import FEED_FORWARD_OUTPUTS, REWRITTEN_LAYERS
+from graft.pretrained.module_paths import collapsed, natural_key
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -123,6 +123,7 @@ def plan(
         )
         for path, layer in chosen.items()
     }
+    configs = _without_narrow(chosen, configs, wanted, set(ranks))
     problems += rank_problems + alpha_problems
     problems += config_problems({path: layer.module for path, layer in chosen.items()}, configs)
     if problems:
@@ -152,7 +153,8 @@ def candidates(model: nn.Module, num_layers: int | None = None) -> list[Candidat
     layers = []
     for path in sorted(modules, key=natural_key):
         kind = kind_of(modules[path])
-        if kind is None or not path or _is_within(path, outside):
+        rewritten = path.rpartition(".")[2] in REWRITTEN_LAYERS
+        if kind is None or not path or rewritten or _is_within(path, outside):
             continue
         inside = not blocks or _is_within(path, chosen)
         parent = modules.get(path.rpartition(".")[0])
@@ -192,6 +194,35 @@ def parse_pattern(text: str, number: type, *, option: str) -> dict[str, Any]:
     if problems:
         raise InputError("; ".join(problems))
     return numbers
+
+
+def _without_narrow(
+    chosen: Mapping[str, Candidate],
+    configs: Mapping[str, LayerConfig],
+    targets: Sequence[str],
+    with_own_rank: Container[str],
+) -> dict[str, LayerConfig]:
+    """The configurations without layers that only a keyword names and that are below the rank.
+
+    Such layers have few outputs, as the gate of a shared expert has one. Those left out are
+    reported; if all of them are too narrow, none is left out.
+    """
+    named = [target for target in targets if target not in KEYWORDS]
+    narrow = [
+        path
+        for path, config in configs.items()
+        if config.rank > largest_rank(chosen[path].module, config)
+        and path not in with_own_rank
+        and not any(chosen[path].matches(target) for target in named)
+    ]
+    if not narrow or len(narrow) == len(configs):
+        return dict(configs)
+    ranks = sorted({configs[path].rank for path in narrow})
+    note(
+        f"rank {', '.join(map(str, ranks))} is more than these layers can have, so they are not "
+        f"adapted: {', '.join(collapsed(narrow))}"
+    )
+    return {path: config for path, config in configs.items() if path not in narrow}
 
 
 def _target_list(targets: str | Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from graft.engine.row_adapters import MultiAdapterModel, can_batch, try_rows
 from graft.engine.stats import EngineStats, RequestCounts
 from graft.engine.streams import Completion, Continuation, Stream
 from graft.errors import InputError, first_line
+from graft.pretrained.context_length import context_length
 from graft.pretrained.tokenizer import Tokenizer, encode_text
 from graft.pretrained.vocabulary import vocabulary_rows
 
@@ -86,13 +87,12 @@ class Engine:
         )
         # Evaluate what is still lazy: it belongs to this thread, and the engine runs on another.
         mx.eval(model.state)
-        args = getattr(model, "args", None)
         self.tokenizer = tokenizer
         self.tokenizer_lock = threading.Lock()
         self._bank = AdapterBank(model, max_adapters=max_adapters, max_rank=max_rank)
         self._max_queue = max_queue
         self._max_rows = _possible_rows(model, self._bank, max_rows)
-        self._context: int | None = getattr(args, "max_position_embeddings", None)
+        self._context = context_length(model)
         self._vocabulary = vocabulary_rows(model)
         self._max_prompt = max_prompt_tokens or self._context
         self._tried: frozenset[str] = frozenset()  # layers whose adapters go to their rows

@@ -20,6 +20,7 @@ from graft.data.examples import Example, load_splits
 from graft.data.sources import check_data_name
 from graft.errors import InputError, RunError
 from graft.exporting.fused_model import WEIGHTS, Fusion, quantized_bits, write_fused_model
+from graft.pretrained.context_length import context_length
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.tokenizer import Tokenizer
 from graft.pretrained.transformers_names import KNOWN
@@ -174,7 +175,7 @@ def sample_text(
     Raises:
         InputError: the named data is missing or damaged.
     """
-    limit = min(SAMPLE_TOKENS, config.get("max_position_embeddings") or SAMPLE_TOKENS)
+    limit = min(SAMPLE_TOKENS, context_length(config) or SAMPLE_TOKENS)
     data = named or (trained_on if trained_on is not None and Path(trained_on).exists() else None)
     if data is None:
         note(

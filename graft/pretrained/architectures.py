@@ -67,10 +67,13 @@ class Architecture:
     Attributes:
         fused_parts: how often q, k and v recur in a fused projection: `ONCE`, `PER_HEAD` or
             `PER_KEY_VALUE_HEAD`.
+        reads_embedding: whether it multiplies by the weight of an embedding itself instead of
+            calling the layer, so that the weight must not be quantized.
         llama_cpp: names in GGUF files, or `None` if Graft does not know them.
     """
 
     fused_parts: str = ONCE
+    reads_embedding: bool = False
     llama_cpp: LlamaCppNames | None = None
 
 
@@ -105,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture(
         llama_cpp=LlamaCppNames("qwen3moe", layers=_llama_cpp_experts("mlp.switch_mlp"))
     ),
+    "seed_oss": Architecture(reads_embedding=True),
     "smollm3": Architecture(llama_cpp=LlamaCppNames("smollm3", interleaves=True)),
     "starcoder2": Architecture(
         llama_cpp=LlamaCppNames(
@@ -145,6 +149,10 @@ EXPERT_BLOCKS = (
     "mlx_lm.models.switch_layers.SwitchGLU",
     "mlx_lm.models.switch_layers.SwitchMLP",
 )
+
+# Layers, by the last part of their path, whose weight the architecture replaces in every pass, so
+# that no adapter can stand in for them: gemma3n clips the coefficients of its alternating updates.
+REWRITTEN_LAYERS = ("prediction_coefs", "correction_coefs")
 
 # Fused projections by the last part of their path, with the parts in their order.
 QUERY_KEY_VALUE = ("q", "k", "v")

@@ -12,6 +12,7 @@ from typing import Any
 
 from graft.console import note
 from graft.errors import InputError, first_line
+from graft.pretrained.context_length import context_length
 from graft.pretrained.folder import find_folder, read_folder
 from graft.pretrained.foreign_quantization import is_foreign, load_foreign
 from graft.pretrained.known_differences import check_differences
@@ -46,6 +47,7 @@ def load_model(name: str | Path | None = None) -> tuple[nn.Module, Tokenizer, di
     model, config = read_model(folder)
     for text in check_differences(model, config):
         note(text)
+    model.context_tokens = context_length(config)
     model.loaded_from = None if name is None else str(name)
     tokenizer = load_tokenizer(folder, config.get("eos_token_id"))
     check_tokenizer(model, tokenizer, folder)
@@ -126,6 +128,9 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             f"config.json does not describe a {config['model_type']}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
+    if not hasattr(model, "_no_grad"):
+        # An architecture that never calls nn.Module's constructor, as recurrent_gemma.
+        nn.Module.__init__(model)
     return model
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any, cast
 
 from graft.errors import InputError
 from graft.models import is_quantized, weight_shape
+from graft.pretrained.architectures import architecture_of, is_embedding
+from graft.pretrained.base_config import is_tied
 from graft.pretrained.convert import QuantizationPlan
 from graft.pretrained.module_paths import collapsed
 
@@ -60,10 +63,13 @@ def choose_quantized_layers(
     layers = {path: module for path, module in leaves if hasattr(module, "to_quantized")}
     rule = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     skipped = set(_matching(skip, layers))
+    reads_embedding = architecture_of(model).reads_embedding and is_tied(model)
     chosen: dict[str, Quantization] = {}
     unquantized: dict[str, list[str]] = {}
     for path, module in layers.items():
         layer, reason = _settings_or_reason(module, settings, rule(path, module))
+        if reads_embedding and is_embedding(path):
+            reason = "since the architecture reads their weight"
         if path in skipped:
             reason = "as --q-skip says"
         if reason:
@@ -84,6 +90,8 @@ def _settings_or_reason(
     layer = settings | (wanted if isinstance(wanted, dict) else {})
     if not wanted:
         return layer, "as mlx-lm leaves them in this architecture"
+    if not signature(module.to_quantized).parameters.keys() >= settings.keys():
+        return layer, f"since mlx-lm's {type(module).__name__} has no way to"
     width = module.weight.shape[-1]
     if width % settings["group_size"] or width % layer["group_size"]:
         return layer, f"since groups of {layer['group_size']} do not divide their width of {width}"

@@ -17,6 +17,7 @@ from functools import partial
 
 from graft.data.collate import Batch, collate, collate_packed
 from graft.data.examples import Example
+from graft.pretrained.context_length import context_length
 from graft.training.probe import works
 
 import mlx.core as mx
@@ -95,11 +96,6 @@ def find_capacity(model: nn.Module, tokens: int) -> int | None:
         if not works("packing", partial(_packed_logits, model, batch, offset), expected):
             return None
     return capacity
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The longest row that a model was made for, in tokens; `None` if it does not say."""
-    return getattr(getattr(model, "args", None), "max_position_embeddings", None)
 
 
 def _document(length: int) -> Example:

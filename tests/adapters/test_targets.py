@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from support.architectures import read_configs
 from support.tiny import LLAMA, QWEN2, make_model
 
 GPT2: dict[str, Any] = {
@@ -344,3 +345,27 @@ def test_the_table_s_totals_are_those_of_the_training(tmp_path: Path) -> None:
     model = make_model(LLAMA)
     attach(model, plan(model, "q_proj,*norm*,lm_head", rank=4, num_layers=2))
     assert count_parameters(model)[0] == 2 * 512 + 5 * 64 + 4 * (512 + 64)
+
+
+def test_layers_whose_weight_the_architecture_replaces_are_not_adapted() -> None:
+    """gemma3n clips two small matrices of each block in every pass."""
+    model = make_model(read_configs()["gemma3n"])
+    assert [path for path, _ in model.named_modules() if path.endswith("prediction_coefs")]
+    assert not [path for path in plan(model, num_layers=-1) if path.endswith("_coefs")]
+    with pytest.raises(InputError, match="prediction_coefs matches no layer"):
+        plan(model, "prediction_coefs")
+
+
+def test_what_a_keyword_names_and_is_too_narrow_is_left_out_and_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The gate of a shared expert has one output, at any size of the model."""
+    model = make_model(read_configs()["qwen2_moe"])
+    chosen = plan(model, num_layers=-1, rank=2)
+    assert chosen and not [path for path in chosen if path.endswith("shared_expert_gate")]
+    said = r"rank 2 is more than .*: model.layers.\*.mlp.shared_expert_gate \(\d\)\n"
+    assert re.search(said, capsys.readouterr().err)
+    with pytest.raises(InputError, match=r"rank 2 for .*shared_expert_gate: give 1 to 1"):
+        plan(model, ["all-linear", "shared_expert_gate"], num_layers=-1, rank=2)
+    pattern = {"shared_expert_gate": 1}
+    assert len(plan(model, num_layers=-1, rank=2, rank_pattern=pattern)) > len(chosen)

@@ -51,6 +51,7 @@ def test_the_table_tells_the_parts_of_a_fused_projection(
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model(tmp_path / "m", LLAMA)
-    assert main(["--model", str(folder), "--rank", "33", "--method", "olora"]) == 2
+    targets = ["--targets", "q_proj,k_proj"]
+    assert main(["--model", str(folder), "--rank", "33", "--method", "olora", *targets]) == 2
     said = capsys.readouterr().err
     assert "rank 33 for" in said and "k_proj" in said and said.count("\n") == 1

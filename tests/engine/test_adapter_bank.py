@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from support.architectures import architectures
+from support.architectures import read_configs
 from support.fast_cases import ARCHITECTURES, SMALL
 from support.served import PLANS, Adapter, logits_with, make_adapter
 from support.tiny import LLAMA, QWEN2, make_model
@@ -115,7 +115,7 @@ FEED_FORWARDS = {
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("name", FEED_FORWARDS)
 def test_experts_know_the_row_of_a_token_in_any_order(name: str, bits: int | None) -> None:
-    model = make_model(architectures()[name])
+    model = make_model(read_configs()[name])
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
         suit_backend(model)

@@ -30,13 +30,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from support.architectures import architectures
+from support.architectures import read_configs
 from support.engines import NAMES, alone, ids_of, prompt_of
 from support.fast_cases import ARCHITECTURES, SMALL
 from support.served import attached, logits_with, make_adapter, write
 from support.tiny import LLAMA, QWEN2, make_model, write_hugging_face_tokenizer, write_model
 
-MIXTRAL = architectures()["mixtral"]
+MIXTRAL = read_configs()["mixtral"]
 
 # Rows
 
@@ -86,7 +86,7 @@ def test_experts_of_a_row_s_own_have_the_tokens_of_its_solo_run(
 def test_an_adapter_is_served_right_or_refused_when_it_is_loaded(
     name: str, said: str | None, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    model = make_model(architectures()[name])
+    model = make_model(read_configs()[name])
     adapter = make_adapter(model, targets="all-linear", rank=2)
     folder, prompt = write(tmp_path / "a", adapter), prompt_of(1, 40)
     base = alone(model, prompt, None, 4)
@@ -107,7 +107,7 @@ def test_an_adapter_is_served_right_or_refused_when_it_is_loaded(
 
 def test_a_model_that_cannot_generate_is_refused_by_name(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="mlx-lm's gear cannot generate: AttributeError"):
-        Engine(make_model(architectures()["gear"]), tokenizer)
+        Engine(make_model(read_configs()["gear"]), tokenizer)
 
 
 def test_rows_that_join_and_leave_have_the_tokens_of_their_solo_runs(

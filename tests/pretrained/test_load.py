@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from support.architectures import read_configs
 from support.paths import ROOT
 from support.tiny import LLAMA, QWEN2, make_model, write_model
 
@@ -501,3 +502,9 @@ def test_the_rotary_settings_of_transformers_5_are_taken(tmp_path: Path) -> None
     tokens = mx.array([[1, 5, 9, 300, 7]])
     expected, found = (read_model(folder)[0](tokens) for folder in (old, new))
     assert mx.array_equal(expected, found).item()
+
+
+def test_an_architecture_that_skips_the_constructor_of_modules_is_a_module() -> None:
+    model = build_model(read_configs()["recurrent_gemma"])
+    model.freeze()
+    assert not tree_flatten(model.trainable_parameters())

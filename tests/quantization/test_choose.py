@@ -11,6 +11,7 @@ from graft.quantization.choose import (
 import mlx.nn as nn
 import pytest
 
+from support.architectures import read_configs
 from support.tiny import LLAMA, make_model
 
 
@@ -51,3 +52,18 @@ def test_norms_and_odd_widths_cannot_be_quantized() -> None:
     assert can_quantize(nn.Linear(128, 3))
     assert not can_quantize(nn.Linear(96, 3))
     assert not can_quantize(nn.RMSNorm(128))
+
+
+def test_an_embedding_whose_weight_the_architecture_reads_is_left_out() -> None:
+    """The tied output of seed_oss multiplies by the embedding's weight, whatever it holds."""
+    config = read_configs()["seed_oss"]
+    plan = choose_quantized_layers(make_model(config), quantization_settings(4, 32))
+    assert "model.embed_tokens" not in plan.layers and "model.layers.0.mlp.up_proj" in plan.layers
+    assert "not quantized, since the architecture reads their weight" in plan.notes[0]
+
+
+def test_a_layer_that_cannot_take_the_settings_is_left_out() -> None:
+    """The fused projection of afm7 has a method to quantize itself, but without a mode."""
+    plan = choose_quantized_layers(make_model(read_configs()["afm7"]), quantization_settings(4, 32))
+    assert not [path for path in plan.layers if path.endswith("qkv_proj")]
+    assert any("FusedLinear" in note for note in plan.notes)
