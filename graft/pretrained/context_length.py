@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 # Entries of config.json; the first that is a number counts.
-NAMES = (
+CONTEXT_NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     *("max_context_length", "model_max_length", "seq_length", "sequence_len", "n_ctx"),
 )
@@ -29,7 +29,7 @@ def context_length(source: nn.Module | Mapping[str, Any] | None) -> int | None:
 def _find(config: Any) -> int | None:
     """In a mapping, or in the arguments that mlx-lm makes from one."""
     entries = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-    for name in NAMES:
+    for name in CONTEXT_NAMES:
         if type(value := entries.get(name)) is int and value > 0:
             return value
     nested = (_find(entries[name]) for name in LANGUAGE_MODELS if entries.get(name) is not None)
