@@ -42,7 +42,7 @@ def attach(
             only.
         unquantized_weights: weights before quantization by module path, for LoftQ.
         for_loading: whether tensors will be loaded into the layers, so that LoftQ needs no
-            unquantized weights.
+            unquantized weights, and ranks may be higher than is useful.
         report: called with the number of trained parameters before and after, a line each, such as
             `print`.
 
@@ -53,7 +53,7 @@ def attach(
     modules = dict(model.named_modules())
     starts = {} if for_loading else _starts(layers)
     weights = unquantized_weights or {}
-    problems = config_problems(modules, layers)
+    problems = config_problems(modules, layers, for_loading=for_loading)
     problems += _missing_weights(layers, [path for path in starts if path not in weights])
     if problems:
         raise InputError("; ".join(problems))

@@ -83,6 +83,10 @@ def resolve_kind(module: nn.Module | None, config: LayerConfig) -> LayerKind | N
     return WEIGHT if merge_first and kind not in (None, VECTOR) else kind
 
 
+# The highest rank that is read from a file, for any layer.
+LARGEST_READ_RANK = 2**12
+
+
 def largest_rank(module: nn.Module, config: LayerConfig) -> int:
     """The highest rank that a module can have under a configuration's method."""
     kind = resolve_kind(module, config)
@@ -92,17 +96,22 @@ def largest_rank(module: nn.Module, config: LayerConfig) -> int:
 
 
 def config_problems(
-    modules: Mapping[str, nn.Module], layers: Mapping[str, LayerConfig]
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerConfig],
+    *,
+    for_loading: bool = False,
 ) -> list[str]:
     """Why layers cannot be adapted as configured: one text per cause, which names its layers.
 
     Args:
         modules: a model's modules by path.
         layers: from path to configuration.
+        for_loading: whether a file decides the ranks: mlx-lm trains one rank in every layer, even
+            in one with a single output, and an export pads all layers to one rank.
     """
     causes: dict[tuple[str, str], list[str]] = {}
     for path, config in layers.items():
-        for problem in _problems(path, modules.get(path), config):
+        for problem in _problems(path, modules.get(path), config, for_loading):
             causes.setdefault((problem.reason, problem.hint), []).append(problem.layer)
     return [
         f"{reason} {', '.join(names)}" + (f": {hint}" if hint else "")
@@ -110,7 +119,9 @@ def config_problems(
     ]
 
 
-def _problems(path: str, module: nn.Module | None, config: LayerConfig) -> Iterator[LayerProblem]:
+def _problems(
+    path: str, module: nn.Module | None, config: LayerConfig, for_loading: bool
+) -> Iterator[LayerProblem]:
     if config.method not in METHODS:
         hint = f"there are {', '.join(sorted(METHODS))}"
         yield LayerProblem(f"unknown method {config.method!r} for", path, hint)
@@ -120,14 +131,18 @@ def _problems(path: str, module: nn.Module | None, config: LayerConfig) -> Itera
     elif problems := list(_parts_problems(path, module, config.parts)):
         yield from problems
     else:
-        yield from _method_problems(path, module, config)
+        yield from _method_problems(path, module, config, for_loading)
 
 
-def _method_problems(path: str, module: nn.Module, config: LayerConfig) -> Iterator[LayerProblem]:
+def _method_problems(
+    path: str, module: nn.Module, config: LayerConfig, for_loading: bool
+) -> Iterator[LayerProblem]:
     method, kind = METHODS[config.method], resolve_kind(module, config)
     assert kind is not None
     named = f"{path} ({kind.name})"
     largest = largest_rank(module, config)
+    if for_loading and kind.ranked and method.ranked:
+        largest = max(largest, LARGEST_READ_RANK)
     if config.kind not in (None, kind.name):
         yield LayerProblem(f"not of kind {config.kind}:", named)
     if kind.name not in method.kinds:

@@ -118,12 +118,10 @@ def plan(
     ranks, rank_problems = _match_pattern("--rank-pattern", rank_pattern or {}, chosen, layers)
     alphas, alpha_problems = _match_pattern("--alpha-pattern", alpha_pattern or {}, chosen, layers)
     configs = {
-        path: _config(
-            layer, method, rank=ranks.get(path), alpha=alphas.get(path), defaults=(rank, alpha)
-        )
+        path: _config(layer, method, ranks.get(path), alphas.get(path), defaults=(rank, alpha))
         for path, layer in chosen.items()
     }
-    configs = _without_narrow(chosen, configs, wanted, set(ranks))
+    configs = _without_narrow(chosen, configs, wanted, ranks)
     problems += rank_problems + alpha_problems
     problems += config_problems({path: layer.module for path, layer in chosen.items()}, configs)
     if problems:
@@ -409,9 +407,9 @@ def _pattern_matches(layer: Candidate, name: str) -> bool:
 def _config(
     layer: Candidate,
     method: str,
-    *,
     rank: int | None,
     alpha: float | None,
+    *,
     defaults: tuple[int, float],
 ) -> LayerConfig:
     """A layer's configuration: rank and alpha as patterns set them, or else the defaults."""

@@ -89,7 +89,9 @@ def make_factors(
     Raises:
         AdapterDoesNotFit: as for `read_factors`.
     """
-    problems = config_problems(modules, adapter.layers) or _unmixable(modules, adapter)
+    problems = config_problems(modules, adapter.layers, for_loading=True) or _unmixable(
+        modules, adapter
+    )
     problems = problems or _shape_problems(modules, adapter)
     layers: dict[str, tuple[Array, ...]] = {}
     if not problems:

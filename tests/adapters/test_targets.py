@@ -4,19 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import adapter_of, apply_adapter, layer_configs
 from graft.adapters.attach import attach, count_parameters, lora_layers
+from graft.adapters.files import load_adapter
 from graft.adapters.layer_config import LayerConfig
 from graft.adapters.layer_kinds import FusedParts
 from graft.adapters.methods import METHODS
 from graft.adapters.targets import parse_pattern, plan
 from graft.errors import InputError
+from graft.exporting.adapter import export
 from graft.training.options import Options
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from support.architectures import read_configs
+from support.architectures import adapt, read_configs
 from support.tiny import LLAMA, QWEN2, make_model
 
 GPT2: dict[str, Any] = {
@@ -369,3 +372,17 @@ def test_what_a_keyword_names_and_is_too_narrow_is_left_out_and_said(
         plan(model, ["all-linear", "shared_expert_gate"], num_layers=-1, rank=2)
     pattern = {"shared_expert_gate": 1}
     assert len(plan(model, num_layers=-1, rank=2, rank_pattern=pattern)) > len(chosen)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["Graft", "mlx-lm"])
+def test_what_a_file_holds_for_a_narrow_layer_is_read(padded: bool, tmp_path: Path) -> None:
+    """mlx-lm has one rank for all: 2, also for the one output of a shared expert's gate."""
+    config = read_configs()["qwen2_moe"]
+    model, tokens = make_model(config), mx.arange(24).reshape(2, 12)
+    adapt(model, plan(model, rank=2, num_layers=-1, rank_pattern={"shared_expert_gate": 1}))
+    export(adapter_of(model), tmp_path / "a", to="mlx-lm" if padded else "graft")
+    again = make_model(config)
+    apply_adapter(again, load_adapter(tmp_path / "a"), name="a")
+    gates = [each for path, each in layer_configs(again).items() if "shared_expert_gate" in path]
+    assert gates and {each.rank for each in gates} == {2 if padded else 1}
+    assert mx.allclose(again(tokens), model(tokens), atol=1e-5)
