@@ -83,12 +83,10 @@ def serving(checks: Checks) -> str:
     """Whether the engine answers for base and adapter, and whether it does so in one batch."""
     answer = cell(checks, "serving")
     if answer != YES:
-        return answer if answer != NO else "no adapters"
+        return "refused" if answer == NO else answer
     model = make_model(checks.config)
     bank = AdapterBank(model, max_adapters=1, max_rank=RANK)
-    words = [] if can_batch(MultiAdapterModel(model, bank)) else ["one at a time"]
-    words += ["without experts"] if "experts" in checks.refused else []
-    return ", ".join(words or [YES])
+    return YES if can_batch(MultiAdapterModel(model, bank)) else "one at a time"
 
 
 COLUMNS = {
