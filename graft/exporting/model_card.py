@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.formats import Usage
+from graft.storage.json_file import parse_json
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def read_losses(metrics: Path) -> dict[str, float]:
     if not metrics.is_file():
         return {}
     losses: dict[str, float] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_bytes().splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode())
             if row.get("kind") == "eval":
                 losses[str(row["split"])] = float(row["loss"])
         except (ValueError, KeyError, TypeError, AttributeError):

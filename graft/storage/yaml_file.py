@@ -33,6 +33,8 @@ def read_yaml_file(path: Path) -> dict[str, Any]:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > MOST_BITS:
                 raise ValueError(f"a number of more than {MOST_BITS} bits")
+            if isinstance(value, str):
+                value.encode()  # fails for half of a surrogate pair
             return value
 
     text = read_plain_text(path, most_bytes=LARGEST_YAML_BYTES)

@@ -19,6 +19,7 @@ from typing import Any
 
 from graft.errors import InputError
 from graft.storage.atomic import new_file, new_folder, remove_leftovers
+from graft.storage.json_file import read_json_file
 
 import mlx.core as mx
 
@@ -106,9 +107,9 @@ class CheckpointStore:
 
 def _problem(place: Path) -> str | None:
     try:
-        sums = json.loads((place / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = read_json_file(place / CHECKSUMS)
         wrong = [name for name in (ARRAYS, STATE) if _sha256(place / name) != sums[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, OSError, KeyError) as error:
         return f"incomplete ({error})"
     return f"{' and '.join(wrong)} damaged" if wrong else None
 

@@ -37,6 +37,7 @@ def test_names_and_values_are_read(tmp_path: Path) -> None:
         MERGES,
         "? [a, b]\n: c",
         "a: \x00",
+        'a: "\\ud800"',
         "- a",
         "",
         "%YAML 9.9\n---\n",

@@ -58,7 +58,23 @@ TEXTS += ("/dev/null", "/dev/zero", "/proc/self/mem", "pipe", "socket", "folder"
 TEXTS += ("9" * 400 + "GB", "1e400GB", "5", "none", "auto", "off", "None", "\x1b[31m", "{}", "{0}")
 TAGS = ("!!python/object/apply:os.system [true]", "!!int x", "!!bool x", "2024-99-99", "!a b", "*a")
 TAGS += ("&a [*a]", "!!binary é", "!!timestamp x", "0x" + "f" * 5000, "9" * 5000, "[" * 2000, "? x")
-TAGS += ("1:2:3", "~", "[1, 2]", "{a: 1}", "'", "|", "on", "1e5", ".nan", "-.inf", "<<: 1", "\t")
+TAGS += (
+    '"\\ud800"',
+    '"a\\0b"',
+    '"a\\nb"',
+    "1:2:3",
+    "~",
+    "[1, 2]",
+    "{a: 1}",
+    "'",
+    "|",
+    "on",
+    "1e5",
+    ".nan",
+    "-.inf",
+    "<<: 1",
+    "\t",
+)
 
 
 def change_bytes(rng: random.Random, content: bytes) -> bytes:
