@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,8 +100,17 @@ def make_server(service: "Service", *, shutdown_seconds: float) -> "uvicorn.Serv
         shutdown_seconds: how long running requests may take after a signal.
     """
     from graft.server.app import make_app
+    from graft.server.connections import (
+        ACCEPTED_AT_ONCE,
+        ONCE_PER_SECOND,
+        LimitedProtocol,
+        connection_limit,
+    )
 
     import uvicorn
+
+    class Protocol(LimitedProtocol):
+        most_connections = connection_limit()
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -113,6 +123,10 @@ def make_server(service: "Service", *, shutdown_seconds: float) -> "uvicorn.Serv
         access_log=False,
         server_header=False,
         lifespan="off",
+        http=Protocol,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=int(shutdown_seconds) + SENDING_SECONDS,
     )
+    for name in ("uvicorn.error", "asyncio"):  # clients can make both of them log
+        logging.getLogger(name).addFilter(ONCE_PER_SECOND)
     return Server(config)
