@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import graft  # noqa: F401
+from graft.adapters.adapter import adapter_of, apply_adapter
+from graft.adapters.attach import attach, lora_layers
 from graft.adapters.files import load_adapter, read_adapter
 from graft.adapters.formats.mlx_lm import write_mlx_lm
 from graft.adapters.layer_config import LayerConfig
+from graft.errors import InputError
 from graft.pretrained.base_config import BaseConfig
 
 import mlx.core as mx
@@ -24,7 +27,7 @@ from support.adapter_cases import (
     refusal,
     write,
 )
-from support.tiny import LLAMA, QWEN2
+from support.tiny import LLAMA, QWEN2, make_model
 
 
 def test_a_form_with_one_rank_pads_and_says_so(tmp_path: Path) -> None:
@@ -61,3 +64,27 @@ def test_mlx_lm_folders_that_are_no_lora_are_named(
     folder = write("mlx-lm", make_adapter(), tmp_path)
     change(folder / "adapter_config.json", **changes)
     assert named in refusal(lambda: load_adapter(folder))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_padded_export_is_read_back_although_a_router_is_narrower(
+    method: str, tmp_path: Path
+) -> None:
+    """mlx-lm has one rank for all layers: 8 for a router with four outputs."""
+    config = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    targets = {"model.layers.0.self_attn.q_proj": 8, "model.layers.0.block_sparse_moe.gate": 4}
+    model = make_model(config)
+    attach(model, {path: LayerConfig(rank, 6.0, method) for path, rank in targets.items()})
+    for number, (_, layer) in enumerate(lora_layers(model)):
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
+    model.eval()
+    write_mlx_lm(adapter_of(model), tmp_path / "a", base=BaseConfig("base", config))
+    again = load_adapter(tmp_path / "a")
+    assert {layer.rank for layer in again.layers.values()} == {8}
+    other = make_model(config)
+    apply_adapter(other, again, name="again")
+    other.eval()
+    tokens = mx.array([[1, 5, 9, 300, 7]])
+    np.testing.assert_allclose(np.array(other(tokens)), np.array(model(tokens)), atol=1e-5)
+    with pytest.raises(InputError, match="rank 8 for .*gate: give 1 to 4"):
+        attach(make_model(config), again.layers)
