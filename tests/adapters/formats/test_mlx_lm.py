@@ -86,5 +86,5 @@ def test_a_padded_export_is_read_back_although_a_router_is_narrower(
     other.eval()
     tokens = mx.array([[1, 5, 9, 300, 7]])
     np.testing.assert_allclose(np.array(other(tokens)), np.array(model(tokens)), atol=1e-5)
-    with pytest.raises(InputError, match="rank 8 for .*gate: give 1 to 4"):
+    with pytest.raises(InputError, match="give 1 to 4"):
         attach(make_model(config), again.layers)
