@@ -74,7 +74,7 @@ def _folder_of(path: Path) -> Iterator[None]:
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
+        remove_leftovers(path.parent, glob.escape(path.name))
         yield
     finally:
         for parent in made:
@@ -82,19 +82,23 @@ def _folder_of(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the temporary files of killed processes from a folder.
+def remove_leftovers(folder: Path, pattern: str = "*", *, of_anyone: bool = False) -> None:
+    """Remove the temporary files that killed processes left in a folder.
 
     Args:
-        folder: if `name` is `None`, nobody else writes to it.
-        name: remove only those of this file, and none of processes that are still running.
+        folder: where they are.
+        pattern: of the names of the files that they would have become.
+        of_anyone: remove those of running processes too: nobody else writes to this folder.
     """
-    pattern = "*" if name is None else glob.escape(name)
     for kind in ("tmp", "old"):
         for path in folder.glob(f".{kind}-*-{pattern}"):
             pid = path.name.split("-")[1]
-            if name is None or (pid.isdigit() and not _is_alive(int(pid))):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if not of_anyone and (not pid.isdigit() or _is_alive(int(pid))):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -66,7 +66,7 @@ class CheckpointStore:
         older = [each for each in self._places() if each.name <= place.name]
         for other in {*self._places()} - {*older[-self._keep :]}:
             shutil.rmtree(other)
-        remove_leftovers(self._folder)
+        remove_leftovers(self._folder, of_anyone=True)
 
     def load(self) -> tuple[Checkpoint, list[str]]:
         """The newest intact checkpoint, and what is wrong with newer ones.
@@ -94,7 +94,7 @@ class CheckpointStore:
         (self._folder / LATEST).unlink(missing_ok=True)
         for place in self._places():
             shutil.rmtree(place)
-        remove_leftovers(self._folder)
+        remove_leftovers(self._folder, of_anyone=True)
 
     def stamps(self) -> set[tuple[str, int]]:
         """Names and times of the checkpoints, to tell later ones from them."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from graft.console import note
 from graft.errors import InputError
-from graft.storage.atomic import errors_name, new_file
+from graft.storage.atomic import errors_name, new_file, remove_leftovers
 from graft.storage.folder_lock import FolderLock
 from graft.training.checkpoints import Checkpoint, CheckpointStore
 from graft.training.options import DEFAULT_ADAPTER, Options, record
@@ -65,6 +65,7 @@ class RunFolder:
         with errors_name(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
+        remove_leftovers(self.path)
         try:
             yield
         finally:

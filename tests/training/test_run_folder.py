@@ -86,7 +86,7 @@ def test_a_new_run_removes_the_checkpoints_of_a_finished_one(place: Path, tmp_pa
     assert kept == ["0000002", "0000003", "LATEST"]
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_second_process_in_the_folder_is_refused_and_changes_nothing(
     place: Path,
     tmp_path: Path,
@@ -118,7 +118,7 @@ def test_a_second_process_in_the_folder_is_refused_and_changes_nothing(
 def test_what_a_killed_run_left_half_written_goes(place: Path, tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for name in ("adapters.npz", "adapter_config.json", "run.yaml"):
+    for name in ("adapters.npz", "adapter_config.json", "activations-0123.npy"):
         (tmp_path / f".tmp-{ended.pid}-{name}").write_text("half")
     assert lora.main(arguments(place, tmp_path)) == 0
     assert not list(tmp_path.glob(".tmp-*"))

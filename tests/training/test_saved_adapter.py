@@ -128,25 +128,25 @@ def test_the_data_that_a_run_started_from_has_gone(
     assert "mine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (("--rank", "8"), "--rank 8, but it has 4"),
-        (("--alpha", "16"), "--alpha 16.0, but it has 6.0"),
-        (("--method", "dora"), "--method dora, but it has lora"),
-        (("--targets", "v_proj"), "--targets v_proj would adapt 3 layers, other than its 3"),
-        (("--lora-layers", "1"), "--lora-layers 1 would adapt"),
-        (("--rank-pattern", "q_proj=2"), "--rank-pattern q_proj=2, but it has 4"),
-    ],
-)
+CONTRADICTIONS = {
+    ("--rank", "8"): "--rank 8, but it has 4",
+    ("--alpha", "16"): "--alpha 16.0, but it has 6.0",
+    ("--method", "dora"): "--method dora, but it has lora",
+    ("--targets", "v_proj"): "--targets v_proj would adapt 3 layers, other than its 3",
+    ("--lora-layers", "1"): "--lora-layers 1 would adapt",
+    ("--rank-pattern", "q_proj=2"): "--rank-pattern q_proj=2, but it has 4",
+}
+
+
 def test_options_that_contradict_the_adapter_are_refused(
-    here: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], said: str
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ("--rank", "4", "--alpha", "6", "--targets", "q_proj")
     assert train(*own, "--adapter-file", "start/adapters.npz") == 0
     start = ("--train", "--resume-adapter-file", "start/adapters.npz", "--iters", "1")
-    assert run(*start, *given) == 2
-    assert said in capsys.readouterr().err
+    for given, said in CONTRADICTIONS.items():
+        assert run(*start, *given) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_record_of_a_run_from_an_adapter_is_true(here: Path) -> None:
@@ -180,6 +180,7 @@ def test_every_type_of_array_has_a_fingerprint() -> None:
     assert fingerprint({"scalar": mx.array(1.0)}) != fingerprint({"scalar": mx.array(2.0)})
 
 
+@pytest.mark.slow
 def test_a_model_with_an_adapter_attached_resumes_in_a_new_process(here: Path) -> None:
     """From Python: the checkpoint attaches the adapter again, and the base is still the same."""
     import graft
