@@ -17,9 +17,12 @@ from contextlib import closing
 import graft  # noqa: F401  (loads a fast BLAS before MLX)
 from graft.cli.command import command
 from graft.cli.run_options import options_parser, parse_options
+from graft.console import note
+from graft.data.chat_template import ChatFormat
 from graft.data.collate import Batch
+from graft.data.conversations import ChatError
 from graft.data.examples import Split
-from graft.errors import RunError
+from graft.errors import InputError, RunError
 from graft.pretrained.context_length import context_length
 from graft.pretrained.load import load_model
 from graft.pretrained.tokenizer import Tokenizer
@@ -37,7 +40,12 @@ from graft.training.optimizers import set_learning_rate
 from graft.training.options import Options
 from graft.training.progress import ReportWindow
 from graft.training.run import Run
-from graft.training.setup import load_data, make_run, resolve_options, use_adapter
+from graft.training.setup import (
+    load_data,
+    make_run,
+    resolve_options,
+    use_adapter,
+)
 from graft.training.step import StepResult
 from graft.training.supervisor import is_supervised, supervise_run
 
@@ -238,17 +246,33 @@ def run_test(
     log.evaluation(step, "test", result)
 
 
-def print_answer(model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
-    """Print the prompt and the answer of `--prompt`, flushing every `--write-every` tokens."""
+def print_answer(
+    model: nn.Module, tokenizer: Tokenizer, options: Options, *, as_message: bool = False
+) -> None:
+    """Print the prompt and the answer of `--prompt`, flushing every `--write-every` tokens.
+
+    Args:
+        model: with the adapter that answers.
+        tokenizer: of the model.
+        options: the prompt, `-` for standard input, and how to generate.
+        as_message: send the prompt as a user's message, with the model's chat template.
+
+    Raises:
+        InputError: the prompt is not text, or the template refuses it.
+    """
     from graft.engine.engine import Engine
 
-    assert options.prompt is not None
-    print(options.prompt, end="", flush=True)
+    text = read_prompt(options)
+    prompt: str | list[int] = text
+    if as_message:
+        note("the adapter was trained on conversations: the prompt is sent as a user's message")
+        prompt = message_ids(text, tokenizer)
+    print(text, end="\n" if as_message else "", flush=True)
     # No other request waits while the prompt is processed, and none follows.
     limits = {"max_rows": 1, "prefill_tokens": 2048, "prompt_cache_bytes": 0}
     with Engine(model, tokenizer, **limits) as engine:
         pieces = engine.submit(
-            options.prompt,
+            prompt,
             max_tokens=options.num_tokens,
             temperature=options.temp,
             seed=options.seed,
@@ -256,6 +280,25 @@ def print_answer(model: nn.Module, tokenizer: Tokenizer, options: Options) -> No
         for number, piece in enumerate(pieces, 1):
             print(piece.text, end="", flush=number % options.write_every == 0)
     print(flush=True)
+
+
+def read_prompt(options: Options) -> str:
+    """The text of `--prompt`, or of standard input without its last line end."""
+    assert options.prompt is not None
+    if options.prompt != "-":
+        return options.prompt
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt -: standard input is not text: {error}") from error
+
+
+def message_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a conversation of one message, which the assistant is to answer."""
+    try:
+        return ChatFormat(tokenizer).prompt_ids([{"role": "user", "content": text}], None)
+    except ChatError as error:
+        raise InputError(f"--prompt: {error}") from error
 
 
 @command
@@ -269,11 +312,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer, _ = load_model(options.model)
     splits = load_data(options, tokenizer, context=context_length(model))
     if options.train:
-        _, status = run_training(model, splits, options, checkpoint)
+        run, status = run_training(model, splits, options, checkpoint)
         if status:
             return status
+        row_shapes = run.adapter_record["row_shapes"]
     else:
-        use_adapter(model, options)
+        row_shapes = use_adapter(model, options)
         if options.test:
             with RunLog() as log:
                 run_test(model, splits["test"], options, log, options.batch_size, None)
@@ -281,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if prefix_removed(model):
             model, _, _ = load_model(options.model)
             use_adapter(model, options)
-        print_answer(model, tokenizer, options)
+        print_answer(model, tokenizer, options, as_message=[*row_shapes] == ["chat"])
     return 0
 
 

@@ -3,7 +3,7 @@
 Every file format is read into an `Adapter` and written from one. Knows no format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Adapter:
         rotary: the order of the rows of q and k, "halves" or "interleaved"; `None` if it is the
             base model's.
         options: of the run that trained it, as `graft.training.options.record` returns them.
+        row_shapes: the names of the shapes of the rows that it was trained on, if known.
         notes: assumptions made while reading it, a line each.
     """
 
@@ -42,6 +43,7 @@ class Adapter:
     dropout: float = 0.0
     rotary: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    row_shapes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -51,10 +53,18 @@ def adapter_of(
     base_model: str | None = None,
     dropout: float = 0.0,
     options: Mapping[str, Any] | None = None,
+    row_shapes: Sequence[str] = (),
 ) -> Adapter:
     """The adapter that is attached to a model; the keywords are what the model does not know."""
     layers = layer_configs(model)
-    return Adapter(adapter_tensors(model), layers, base_model, dropout, options=dict(options or {}))
+    return Adapter(
+        adapter_tensors(model),
+        layers,
+        base_model,
+        dropout,
+        options=dict(options or {}),
+        row_shapes=tuple(row_shapes),
+    )
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:

@@ -3,7 +3,7 @@
 What the files hold is for `graft.adapters.formats` to know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def save_adapter(
     base_model: str | None = None,
     dropout: float = 0.0,
     options: Mapping[str, Any] | None = None,
+    row_shapes: Sequence[str] = (),
 ) -> None:
     """Write a model's adapter and its record; each file appears whole or not at all.
 
@@ -33,13 +34,16 @@ def save_adapter(
         base_model: the folder or Hub name to record; `None` is the included base model.
         dropout: the probability used in training.
         options: of the run, to record.
+        row_shapes: the names of the shapes of the rows that it was trained on, to record.
 
     Raises:
         InputError: the suffix is neither .npz nor .safetensors, or the path cannot be written.
     """
     path = Path(path)
     check_suffix(path)
-    adapter = adapter_of(model, base_model=base_model, dropout=dropout, options=options)
+    adapter = adapter_of(
+        model, base_model=base_model, dropout=dropout, options=options, row_shapes=row_shapes
+    )
     write_adapter(path, adapter)
 
 

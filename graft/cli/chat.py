@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.cli.command import Parser, command
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine, settings_of(args), system=args.system, prompt_format=args.format
         )
         session.choose(args.adapter)
-        for line in lines:
+        for line in [*lines, *_forms_of_rows(engine, prompt_format=args.format)]:
             print(line, file=sys.stderr)
         if sys.stdin.isatty():
             print("/help lists the commands")
@@ -112,6 +113,21 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "stop": args.stop,
     }
+
+
+def _forms_of_rows(engine: "Engine", *, prompt_format: str | None) -> Iterable[str]:
+    """A line for each adapter that was not trained on what it is asked with."""
+    from graft.adapters.files import find_adapter, read_adapter
+
+    for info in engine.adapters():
+        shapes = read_adapter(find_adapter(Path(info.path))).row_shapes or ("chat",)
+        if prompt_format is None and "chat" not in shapes:
+            yield (
+                f"{info.name} was trained on rows of the form {' and '.join(shapes)}, not on "
+                "conversations: --format '{}' sends messages as they are"
+            )
+        elif prompt_format is not None and shapes == ("chat",):
+            yield f"{info.name} was trained on conversations: without --format it is asked so"
 
 
 def converse(session: "ChatSession", lines: Iterable[str]) -> None:

@@ -370,7 +370,8 @@ class Options:
 
     prompt: str | None = option(
         None,
-        "generate a completion of this text (default: generate nothing)",
+        "generate a completion of this text; - reads it from standard input "
+        "(default: generate nothing)",
         group=GENERATION,
         flags=("-p",),
         metavar="TEXT",

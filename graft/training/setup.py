@@ -1,6 +1,6 @@
 """Sets up a training run: data, adapter, optimizer, memory plan and log, from options."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,8 +261,13 @@ def read_unquantized_weights(
     return {path: modules[path].weight for path in needed}
 
 
-def use_adapter(model: nn.Module, options: Options) -> None:
-    """Load the adapter to be evaluated or prompted, or report that the base model is used."""
+def use_adapter(model: nn.Module, options: Options) -> Sequence[str]:
+    """Load the adapter to be evaluated or prompted, or report that the base model is used.
+
+    Returns:
+        The names of the shapes of the rows that it was trained on, if known.
+    """
+    row_shapes: Sequence[str] = ()
     name = options.adapter_file or DEFAULT_ADAPTER
     if options.adapter_file == NO_ADAPTER:
         note("no adapter: this is the base model")
@@ -271,11 +276,13 @@ def use_adapter(model: nn.Module, options: Options) -> None:
     else:
         adapter = load_adapter(Path(name), alpha=options.alpha)
         apply_adapter(model, adapter, name=name)
+        row_shapes = adapter.row_shapes
         if adapter.base_model != options.model:
             note(f"{name} was trained on {adapter.base_model or 'the included base model'}")
     if options.test and not options.full_logits:
         use_chunked_loss(model, training=False)
     model.eval()
+    return row_shapes
 
 
 def make_run(
@@ -306,6 +313,7 @@ def make_run(
         former = former_fingerprint(parameters_of(model))
         check_same_run(checkpoint.state["fixed"], fingerprints, former_model=former)
     options, adapter_record = start_adapter(model, options, checkpoint)
+    adapter_record["row_shapes"] = sorted(splits["train"].shape_counts)
     optimizer = _make_optimizer(options)
     trial, steps = _prepare(model, splits, options, optimizer, folder, fingerprints["model"])
     key = plan_key(options, fingerprints, layers_record(model))

@@ -326,7 +326,9 @@ class TestBadInput:
         self, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert train() == 0
-        monkeypatch.setattr(SentencePieceTokenizer, "encode", lambda self, text: [])
+        monkeypatch.setattr(
+            SentencePieceTokenizer, "encode_many", lambda self, texts, **settings: [([], None)]
+        )
         refused(["--prompt", ""], ["the prompt is empty"], capsys, here)
 
     @pytest.mark.parametrize(

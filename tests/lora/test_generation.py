@@ -1,11 +1,17 @@
 """Generation from the command line."""
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import lora
+from graft.adapters.adapter import apply_adapter
+from graft.adapters.files import load_adapter
+from graft.cli import chat
+from graft.engine.engine import Engine
 from graft.pretrained.load import load_model
 from graft.training.options import Options
 
@@ -39,6 +45,11 @@ def answer(model: nn.Module, tokenizer: Any, prompt: str, **settings: Any) -> st
         patch.setattr(sys, "stdout", recorder)
         lora.print_answer(model, tokenizer, Options(prompt=prompt, **{"temp": 0.0, **settings}))
     return recorder.text
+
+
+def piped(content: bytes) -> io.TextIOWrapper:
+    """Standard input with this content."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
 
 
 class TestGenerate:
@@ -91,6 +102,57 @@ class TestGenerate:
         _, tokenizer, _ = load_model(shared / "whole")
         ids = tokenizer.encode("The fox")
         assert tokenizer.decode([*ids, 400, 511]) == tokenizer.decode(ids)
+
+    @pytest.mark.parametrize("kind", ["chat", "text"])
+    def test_what_was_trained_on_chats_is_asked_as_a_chat(
+        self,
+        here: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        kind: str,
+    ) -> None:
+        talk = [{"role": "user", "content": "The"}, {"role": "assistant", "content": ""}]
+        rows = [
+            {"messages": [talk[0], {**talk[1], "content": f"fox {number}"}]}
+            if kind == "chat"
+            else {"text": f"The fox {number}"}
+            for number in range(8)
+        ]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        Path("rows.jsonl").write_text("".join(lines))
+        data = ("--data", "rows.jsonl")
+        arguments = ("--prompt", "The", "--temp", "0", "--num-tokens", "6", *data)
+        assert run("--train", "--iters", "1", "--val-batches", "1", *arguments) == 0
+        trained = capsys.readouterr()
+        assert run(*arguments) == 0
+        loaded = capsys.readouterr()
+        model, tokenizer, _ = load_model("whole")
+        apply_adapter(model, load_adapter("adapters"), name="adapters")
+        prompt = "User: The\nAssistant:" if kind == "chat" else "The"
+        with Engine(model, tokenizer) as engine:
+            expected = engine.generate(prompt, max_tokens=6).text
+        start = "The\n" if kind == "chat" else "The"
+        assert loaded.out == f"{start}{expected}\n"
+        assert trained.out.endswith(loaded.out)
+        said = "the prompt is sent as a user's message"
+        assert (said in trained.err, said in loaded.err) == (kind == "chat",) * 2
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        assert chat.main(["--model", "whole", "--adapters", "adapters", "-n", "1"]) == 0
+        warned = "adapters was trained on rows of the form text, not on conversations"
+        assert (warned in capsys.readouterr().err) == (kind == "text")
+
+    def test_the_prompt_may_come_from_standard_input(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = ("--temp", "0", "--num-tokens", "4", "--adapter-file", "none")
+        assert run("--prompt", "The quick\nfox", *options) == 0
+        given = capsys.readouterr().out
+        monkeypatch.setattr(sys, "stdin", piped(b"The quick\nfox\n"))
+        assert run("--prompt", "-", *options) == 0
+        assert capsys.readouterr().out == given
+        monkeypatch.setattr(sys, "stdin", piped(b"\xff"))
+        assert run("--prompt", "-", *options) == 2
+        assert "--prompt -: standard input is not text" in capsys.readouterr().err
 
     def test_the_reader_of_a_pipe_may_leave(self, here: Path) -> None:
         command = [sys.executable, str(ROOT / "lora.py"), "--model", "whole", "-p", "The\n"]

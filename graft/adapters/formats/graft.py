@@ -98,6 +98,7 @@ def _to_json(adapter: Adapter) -> dict[str, Any]:
         "layers": {path: config_to_json(config) for path, config in adapter.layers.items()},
         "dropout": adapter.dropout,
         "options": adapter.options,
+        **({"row_shapes": list(adapter.row_shapes)} if adapter.row_shapes else {}),
         **({} if adapter.rotary is None else {"rotary": adapter.rotary}),
         **_for_mlx_lm(adapter),
     }
@@ -164,7 +165,8 @@ def _from_json(content: Mapping[str, Any], tensors: dict[str, mx.array], path: P
         if rotary not in (None, *REORDERINGS):
             raise ValueError(f"rotary {rotary!r}")
         base_model, options = content["base_model"], content["options"]
-        return Adapter(tensors, layers, base_model, dropout, rotary, options)
+        row_shapes = tuple(map(str, content.get("row_shapes") or ()))
+        return Adapter(tensors, layers, base_model, dropout, rotary, options, row_shapes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{record} is incomplete: {error!r}") from error
 
