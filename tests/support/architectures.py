@@ -159,6 +159,15 @@ def ids(answers: list[Any]) -> list[list[int]]:
     return [[token.id for token in answer.tokens] for answer in answers]
 
 
+def _compare_answers(engine: Engine) -> str:
+    prompts = (([1, 2, 3, 4, 5], {"a": 1.0}), ([6, 7, 8], {}))
+    limits = {"max_tokens": 2, "temperature": 0}
+    alone = [engine.generate(p, adapters=a, **limits) for p, a in prompts]
+    streams = [engine.submit(p, adapters=a, **limits) for p, a in prompts]
+    together = [stream.result() for stream in streams]
+    return "" if ids(alone) == ids(together) else "answers differ"
+
+
 @dataclass
 class Checks:
     """The checks of one architecture; each method returns what is wrong, or nothing."""
@@ -315,24 +324,17 @@ class Checks:
 
     def serving(self) -> str:
         """Rows answered together have the answers that they get alone, or it is refused."""
-        trained, limits = make_model(self.config), {"max_tokens": 2, "temperature": 0}
+        trained = make_model(self.config)
         adapt(trained, wide_enough(trained))
-        prompts = (([1, 2, 3, 4, 5], {"a": 1.0}), ([6, 7, 8], {}))
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stderr(io.StringIO()),
-            Engine(make_model(self.config), tokenizer(), prompt_cache_bytes=0) as engine,
-        ):
-            save_adapter(Path(folder, "adapters.npz"), trained)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            path = Path(folder, "adapters.npz")
+            save_adapter(path, trained)
             try:
-                engine.load_adapter("a", Path(folder, "adapters.npz"))
-            except AdapterDoesNotFit:
+                with Engine(make_model(self.config), tokenizer(), prompt_cache_bytes=0) as engine:
+                    engine.load_adapter("a", path)
+                    return _compare_answers(engine)
+            except (AdapterDoesNotFit, InputError):
                 return self.refuse("serving")
-            alone = [engine.generate(p, adapters=a, **limits) for p, a in prompts]
-            streams = [engine.submit(p, adapters=a, **limits) for p, a in prompts]
-            together = [stream.result() for stream in streams]
-        same = ids(alone) == ids(together)
-        return "" if same else "answers differ"
 
     def refuse(self, name: str) -> str:
         """Note that Graft itself has refused what a check is about."""
