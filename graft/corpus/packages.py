@@ -57,7 +57,7 @@ def find_packages(names: Iterable[str]) -> tuple[list[Package], list[str]]:
         The packages, each once, and the names that are not installed.
     """
     roots: dict[str, list[str]] = {
-        name: [name] if find_files(name) else _imports_of(name) for name in names
+        name: _parts_of(name) if find_files(name) else _imports_of(name) for name in names
     }
     every = list(dict.fromkeys(root for paths in roots.values() for root in paths))
     outermost = [root for root in every if not any(root.startswith(f"{outer}.") for outer in every)]
@@ -142,16 +142,38 @@ def _imports_of(distribution: str) -> list[str]:
     )
 
 
+def _parts_of(root: str) -> list[str]:
+    """The package, or its public parts if it is a namespace that distributions share."""
+    modules = find_files(root)
+    if root in modules:
+        return [root]
+    depth = root.count(".") + 2
+    children = dict.fromkeys(".".join(path.split(".")[:depth]) for path in sorted(modules))
+    public = [path for path in children if not path.rpartition(".")[2].startswith("_")]
+    parts = [part for child in public for part in _parts_of(child)]
+    shared = len({_owner_of(part) for part in parts}) > 1
+    return parts if shared else [root]
+
+
 def _version_and_licence(root: str) -> tuple[str, str]:
+    owner = _owner_of(root)
+    if owner is None and top_level(root) in sys.stdlib_module_names:
+        return platform.python_version(), _PYTHON_LICENCE
+    if owner is None:
+        return "unknown", "not stated"
+    distribution = metadata.distribution(owner)
+    return distribution.version, _licence(distribution.metadata)
+
+
+def _owner_of(root: str) -> str | None:
+    """The distribution that installs a package; `None` if it is not known."""
     top = top_level(root)
     owners = sorted(set(_owners().get(top, ())), key=lambda name: (_normalised(name) != top, name))
     certain = [owner for owner in owners if _installs(owner, root)]
     if not certain and top in sys.stdlib_module_names:
-        return platform.python_version(), _PYTHON_LICENCE
-    if not owners:
-        return "unknown", "not stated"
-    distribution = metadata.distribution((certain or owners)[0])
-    return distribution.version, _licence(distribution.metadata)
+        return None
+    # An editable installation lists no files.
+    return next(iter(certain or owners), None)
 
 
 def _installs(owner: str, root: str) -> bool:

@@ -65,3 +65,25 @@ def test_the_licence_is_taken_from_classifiers_where_the_field_is_a_whole_text(s
     [package], _ = find_packages(["Some-Thing"])
     packages._owners.cache_clear()
     assert (package.root, package.version, package.licence) == ("thing", "7", "MIT License")
+
+
+def test_parts_of_a_shared_namespace_have_their_own_provenance(site: Path) -> None:
+    for number, name in enumerate(("alpha", "beta"), 1):
+        info = f"shared_{name}-{number}.dist-info"
+        text = (
+            f"Metadata-Version: 2.1\nName: shared-{name}\nVersion: {number}\nLicense: L{number}\n"
+        )
+        files = [f"shared/cloud/{name}/__init__.py", f"shared/cloud/{name}/more.py"]
+        write(site, dict.fromkeys(files, '"""Documented."""\n'))
+        record = "".join(f"{file},,\n" for file in [*files, f"{info}/METADATA"])
+        write(site, {f"{info}/METADATA": text, f"{info}/RECORD": record})
+    packages._owners.cache_clear()
+    found, missing = find_packages(["shared"])
+    alone, _ = find_packages(["shared.cloud.beta"])
+    packages._owners.cache_clear()
+    assert missing == []
+    assert [(one.root, one.version, one.licence) for one in found] == [
+        ("shared.cloud.alpha", "1", "L1"),
+        ("shared.cloud.beta", "2", "L2"),
+    ]
+    assert alone == found[1:]
