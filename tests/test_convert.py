@@ -204,9 +204,15 @@ def test_metas_tokenizer_is_found_beside_the_folder(meta: Path, tmp_path: Path) 
     source.mkdir(parents=True)
     for name in ("consolidated.00.pth", "params.json"):
         (source / name).symlink_to(meta / name)
-    (tmp_path / "llama" / "tokenizer.model").write_bytes(b"pieces")
+    beside = tmp_path / "llama" / "tokenizer.model"
+    tiny.write_sentencepiece(beside)
     convert.convert(tmp_path / "out", torch_path=source)
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == beside.read_bytes()
+    # Llama 3's: nothing here could read the result.
+    beside.write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(InputError, match="tiktoken vocabulary"):
+        convert.convert(tmp_path / "tiktoken", torch_path=source)
+    assert not (tmp_path / "tiktoken").exists()
 
 
 def test_the_included_model_converts(tmp_path: Path) -> None:

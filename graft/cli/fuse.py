@@ -17,6 +17,7 @@ from graft.console import bytes_text
 from graft.errors import InputError
 from graft.exporting.fuse import MAX_GROWTH, MAX_KL, FusionResult, fuse
 from graft.exporting.publish import FUSED_MODEL_USAGE
+from graft.pretrained.module_paths import collapsed
 from graft.quantization.choose import BITS, UNQUANTIZED
 
 
@@ -93,10 +94,11 @@ def _print_result(result: FusionResult, out: Path, *, limited: bool) -> None:
     print(f"  top-1 agreement     {comparison.agreement:.2%}")
     adapted, fused = comparison.adapter_loss, comparison.fused_loss
     print(f"  loss                {adapted:.4f} with the adapter, fused {fused:.4f}")
-    for path, bits in result.more_bits.items():
-        print(f"  {'not quantized' if bits == UNQUANTIZED else f'{bits} bits'}: {path}")
     if result.more_bits:
         print(f"layers with more bits, to keep the adapter's effect: {len(result.more_bits)}")
+    for bits in sorted(set(result.more_bits.values())):
+        paths = collapsed(path for path, own in result.more_bits.items() if own == bits)
+        print(f"  {'not quantized' if bits == UNQUANTIZED else f'{bits} bits'}: {', '.join(paths)}")
     if comparison.kl > result.max_kl:
         reason = (
             "although no layer is quantized any more"

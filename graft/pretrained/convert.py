@@ -22,6 +22,7 @@ from graft.pretrained.foreign_quantization import quantizer_of
 from graft.pretrained.hugging_face import open_hugging_face_folder
 from graft.pretrained.lazy_model import fit_tensors
 from graft.pretrained.meta import open_meta_folder
+from graft.pretrained.tokenizer import SentencePieceTokenizer
 from graft.storage.lazy_tensors import LazyTensor, Output, blocks, size_bytes, without_buffer_cache
 from graft.storage.npz import write_npz
 from graft.storage.safetensors import write_safetensors
@@ -115,6 +116,9 @@ def open_source_model(torch_path: str | Path | None, hf_path: str | Path | None)
     config, tensors = open_meta_folder(folder)
     # Meta's download has one tokenizer next to the folders of all sizes.
     tokenizer = find_tokenizer(folder, fallback=folder.parent / "tokenizer.model")
+    for file in tokenizer:
+        if file.name == "tokenizer.model" and not (folder / "tokenizer.json").is_file():
+            SentencePieceTokenizer(file)  # refuses Llama 3's, which nothing here can read
     return SourceModel(folder, config, tensors, tokenizer)
 
 

@@ -183,6 +183,8 @@ def layer_in_mlx_lm(path: str, architecture: str, layers: Container[str]) -> str
     """
     if path in layers:
         return path
+    if (among_experts := path.replace(".switch_mlp.", ".experts.")) in layers:
+        return among_experts
     tables = (_LAYER_BEGINNINGS, _BEGINNINGS)
     pairs = [pair for table in tables for pair in table.get(architecture, ())]
     found = (mine + path[len(theirs) :] for mine, theirs in pairs if path.startswith(theirs))

@@ -7,7 +7,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from graft.adapters.layer_kinds import (
     EMBEDDING,
     EMBEDDING_COLUMNS,
     EMBEDDING_INPUT,
+    EXPERTS,
     LINEAR,
 )
 from graft.errors import InputError
@@ -49,6 +50,8 @@ _SUFFIXES = {
     ".lora_magnitude_vector.weight": "m",
 }
 _COPY_SUFFIX = ".base_layer.weight"
+# The projections of experts in Mixtral and its kin, by the names of transformers 4.
+_NUMBERED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _KINDS = (LINEAR, EMBEDDING, EMBEDDING_INPUT, EMBEDDING_COLUMNS, CONV)
 # Options that the tensors make redundant, or that do not change what the adapter computes.
 _IGNORED_OPTIONS = (
@@ -76,7 +79,7 @@ def read_peft(path: Path) -> Adapter:
     record = path.with_name(RECORD_NAME)
     config = read_json_file(record)
     _check_options(config, record)
-    tensors = {n.removeprefix(_PREFIX): array for n, array in read_tensor_file(path).items()}
+    tensors = {_plain_name(name): array for name, array in read_tensor_file(path).items()}
     pairs, unknown = paired(tensors, _SUFFIXES)
     # PEFT saves the whole weight of adapted embeddings as well, though it does not train it.
     copies = [name for name in unknown if name.removesuffix(_COPY_SUFFIX) in pairs]
@@ -91,12 +94,50 @@ def read_peft(path: Path) -> Adapter:
             raise InputError(f"{record}: use_dora does not agree with the tensors of {name}")
     base, dropout = config.get("base_model_name_or_path"), config.get("lora_dropout") or 0.0
     return from_factors(
-        _without_tied_twin(factors),
+        _with_stacked_experts(_without_tied_twin(factors)),
         base_model=base if isinstance(base, str) else None,
         dropout=dropout,
         rotary=HALVES,
         notes=tuple(f"{path}: {name} is taken to be the base model's own" for name in copies),
     )
+
+
+def _plain_name(name: str) -> str:
+    """A tensor's name without what PyTorch adds to compiled models and PEFT to named adapters."""
+    name = name.replace("_orig_mod.", "").removeprefix(_PREFIX)
+    return re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.weight$|$)", r"\1", name)
+
+
+def _with_stacked_experts(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """One layer in place of those of single experts, which transformers 4 has.
+
+    Raises:
+        InputError: experts that are not adapted alike.
+    """
+    stacks: dict[str, dict[int, Factors]] = {}
+    for path, layer in factors.items():
+        if found := re.fullmatch(r"(.+)\.experts\.(\d+)\.([a-z]+_proj|w[123])", path):
+            before, number, name = found.groups()
+            stack = f"{before}.switch_mlp.{_NUMBERED.get(name, name)}"
+            stacks.setdefault(stack, {})[int(number)] = layer
+    if not stacks:
+        return factors
+    rest = {p: f for p, f in factors.items() if not re.search(r"\.experts\.\d+\.", p)}
+    for path, experts in stacks.items():
+        layers = [experts[number] for number in sorted(experts)]
+        kinds = {(f.kind, f.scale, f.a.shape, f.b.shape, f.magnitude is None) for f in layers}
+        if sorted(experts) != list(range(len(experts))) or len(kinds) > 1:
+            raise InputError(f"the experts of {path} are not all adapted, or not alike")
+        first = layers[0]
+        if first.kind is not LINEAR or first.magnitude is not None:
+            raise InputError(f"Graft has only LoRA for the experts of {path}")
+        a, b = (mx.stack([half.T for half in halves]) for halves in _halves(layers))
+        rest[path] = replace(first.at_scale(first.scale), kind=EXPERTS, a=a, b=b)
+    return rest
+
+
+def _halves(layers: Sequence[Factors]) -> tuple[list[mx.array], list[mx.array]]:
+    return [layer.a for layer in layers], [layer.b for layer in layers]
 
 
 def _check_options(config: Mapping[str, Any], record: Path) -> None:

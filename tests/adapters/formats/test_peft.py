@@ -7,6 +7,7 @@ from typing import Any
 
 import graft  # noqa: F401
 from graft.adapters.adapter import Adapter, apply_adapter
+from graft.adapters.attach import lora_layers
 from graft.adapters.files import load_adapter
 from graft.adapters.formats.mlx_lm import write_mlx_lm
 from graft.adapters.formats.peft import write_peft
@@ -31,7 +32,7 @@ from support.adapter_cases import (
     refusal,
     write,
 )
-from support.tiny import QWEN2, make_model
+from support.tiny import LLAMA, QWEN2, make_model
 
 
 def test_rslora_for_all_layers_stays_rslora_in_peft(tmp_path: Path) -> None:
@@ -131,3 +132,47 @@ def test_alpha_patterns_of_peft_are_matched_as_peft_does(tmp_path: Path) -> None
     change(folder / "adapter_config.json", alpha_pattern=patterns)
     alphas = {path: setting.alpha for path, setting in load_adapter(folder).layers.items()}
     assert alphas == {Q: 6.0, K: 3.0, DOWN: 5.0}  # "proj" is no whole part of a path
+
+
+def test_names_of_compiled_models_and_of_named_adapters_are_read(tmp_path: Path) -> None:
+    adapter = make_adapter()
+    folder = write("peft", adapter, tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        name.replace("base_model.model.", "base_model.model._orig_mod.").replace(
+            ".weight", ".default.weight"
+        ): array
+        for name, array in mx.load(str(file)).items()
+    }
+    mx.save_safetensors(str(file), tensors)
+    np.testing.assert_array_equal(logits(load_adapter(folder)), logits(adapter))
+
+
+def test_single_experts_of_transformers_4_become_one_layer(tmp_path: Path) -> None:
+    """Each expert's product is that of its own A and B; experts that are missing are refused."""
+    before = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    tensors = {}
+    for expert in range(4):
+        tensors[f"{before}.{expert}.w2.lora_A.weight"] = normal(4, 128, seed=expert)
+        tensors[f"{before}.{expert}.w2.lora_B.weight"] = normal(64, 4, seed=10 + expert)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["w2"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    file = tmp_path / "adapter_model.safetensors"
+    mx.save_safetensors(str(file), tensors)
+    path = "model.layers.0.block_sparse_moe.switch_mlp.down_proj"
+    adapter = load_adapter(tmp_path)
+    assert list(adapter.layers) == [path]
+    model = make_model(
+        LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    )
+    weight = dict(model.named_modules())[path].weight
+    apply_adapter(model, adapter, name="experts")
+    (fused,) = [layer.fuse().weight for _, layer in lora_layers(model)]
+    for expert in range(4):
+        a, b = (tensors[f"{before}.{expert}.w2.lora_{half}.weight"] for half in "AB")
+        np.testing.assert_allclose(
+            np.array(fused[expert] - weight[expert]), np.array(2 * b @ a), atol=1e-5
+        )
+    del tensors[f"{before}.1.w2.lora_A.weight"], tensors[f"{before}.1.w2.lora_B.weight"]
+    mx.save_safetensors(str(file), tensors)
+    assert "not all adapted" in refusal(lambda: load_adapter(tmp_path))
