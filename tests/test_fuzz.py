@@ -25,9 +25,11 @@ from types import FrameType
 from graft.__main__ import main as graft
 from graft.adapters.formats.graft import write_adapter
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from support import adapter_cases, fuzz, tiny
+from support import adapter_cases, fuzz, tiny, torch_zip
 from support.layouts import WIDE, write_meta
 from support.live_server import serve
 
@@ -68,6 +70,7 @@ def adapters() -> Iterator[Case]:
         "safe/adapters.safetensors": [fuzz.change_bytes, fuzz.change_safetensors],
         "peft/adapter_model.safetensors": [fuzz.change_bytes, fuzz.change_safetensors],
         "peft/adapter_config.json": [fuzz.change_json, fuzz.change_bytes],
+        "bin/adapter_model.bin": [fuzz.change_bytes, fuzz.change_zip],
         "mlx/adapters.safetensors": [fuzz.change_safetensors],
         "mlx/adapter_config.json": [fuzz.change_json, fuzz.change_bytes],
         "gguf/adapter.gguf": [fuzz.change_bytes],
@@ -80,6 +83,22 @@ def adapters() -> Iterator[Case]:
             yield Case(f"inspect {folder}", file, change)
             yield Case(f"export {folder} --to peft --model model --out out", file, change)
             yield Case(f"merge {folder} npz --out out --model model", file, change)
+
+
+def others() -> Iterator[Case]:
+    fuse = "fuse npz --model model --out out --check-data text.txt"
+    yield Case(fuse, "npz/adapters.npz", fuzz.change_zip)
+    yield Case(fuse, "npz/adapter_config.json", fuzz.change_json)
+    yield Case(fuse, "model/config.json", fuzz.change_json)
+    yield Case(fuse, "model/model.safetensors", fuzz.change_safetensors)
+    extract = "extract --base source --tuned tuned --rank 1 --out out"
+    yield Case(extract, "tuned/model.safetensors", fuzz.change_safetensors)
+    yield Case(extract, "tuned/config.json", fuzz.change_json)
+    chat = "chat --model model --max-tokens 2 --adapters npz"
+    yield Case(chat, "model/tokenizer_config.json", fuzz.change_template)
+    yield Case(chat, "model/config.json", fuzz.change_json)
+    yield Case(chat, "npz/adapters.npz", fuzz.change_npy)
+    yield Case("targets --model quantized --method loftq", "quantized/model.safetensors")
 
 
 def models() -> Iterator[Case]:
@@ -102,6 +121,10 @@ def models() -> Iterator[Case]:
         yield Case("convert --torch-path meta --mlx-path out", "meta/consolidated.00.pth", change)
     yield Case("convert --torch-path meta --mlx-path out", "meta/params.json", fuzz.change_json)
     yield Case("convert --torch-path meta --mlx-path out", "meta/tokenizer.model")
+    for change in (fuzz.change_bytes, fuzz.change_zip):
+        yield Case("convert --hf-path torch --mlx-path out", "torch/pytorch_model-1.bin", change)
+    index = "torch/pytorch_model.bin.index.json"
+    yield Case("convert --hf-path torch --mlx-path out", index, fuzz.change_json)
     for change in (fuzz.change_bytes, fuzz.change_npy):
         yield Case("convert --hf-path wide --mlx-path out", "wide/weights.npz", change)
         yield Case("targets --model wide", "wide/weights.npz", change)
@@ -195,14 +218,30 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "wide", WIDE, form="npz")
     tiny.write_model(folder / "quantized", {**tiny.LLAMA, "num_hidden_layers": 1}, bits=4)
     write_meta(folder / "meta", tiny.write_model(folder / "source", WIDE))
+    tiny.write_model(folder / "tuned", WIDE, seed=1)
     adapter = adapter_cases.make_adapter()
     for name, file in (("npz", "adapters.npz"), ("safe", "adapters.safetensors")):
         (folder / name).mkdir()
         write_adapter(folder / name / file, adapter)
     for name, form in (("peft", "peft"), ("mlx", "mlx-lm")):
         adapter_cases.export(adapter, folder / name, to=form, base=adapter_cases.BASE)
-    for name in ("gguf", "ggla", "old", "folder"):
+    for name in ("gguf", "ggla", "old", "folder", "bin"):
         (folder / name).mkdir()
+    shutil.copy(folder / "peft" / "adapter_config.json", folder / "bin")
+    arrays = mx.load(str(folder / "peft" / "adapter_model.safetensors"))
+    assert isinstance(arrays, dict)
+    tensors = {name: np.array(array) for name, array in arrays.items()}
+    torch_zip.save(folder / "bin" / "adapter_model.bin", tensors)
+    shutil.copytree(model, folder / "torch")
+    arrays = mx.load(str(model / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    tensors = {name: np.array(array) for name, array in arrays.items()}
+    torch_zip.save(folder / "torch" / "pytorch_model-1.bin", tensors)
+    (folder / "torch" / "model.safetensors").unlink()
+    names = dict.fromkeys(tensors, "pytorch_model-1.bin")
+    (folder / "torch" / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": names})
+    )
     half = adapter_cases.half_layer()
     content = adapter_cases.gguf(half, adapter_cases.METADATA)
     square = adapter_cases.half_layer(outputs=64)
@@ -271,7 +310,8 @@ class Runner:
             return f"{' '.join(argv)[:300]!r} raised\n{problem}"
         finally:
             signal.alarm(0)
-        lines = [line for line in errors.getvalue().splitlines() if not line.startswith("note: ")]
+        information = ("note: ", "adapter ")
+        lines = [x for x in errors.getvalue().splitlines() if not x.startswith(information)]
         told = len(lines) == 1 and lines[0].startswith("error: ")
         seconds, growth = time.monotonic() - start, peak_bytes() - before
         shown = f"{' '.join(argv)[:300]!r} ended with {status} after {seconds:.1f} s"
@@ -303,7 +343,7 @@ def runner(
 
 
 def test_unchanged_inputs_are_read(runner: Callable[[Case, random.Random], str | None]) -> None:
-    cases = [case for kind in (adapters, models, data) for case in kind()]
+    cases = [case for kind in (adapters, models, data, others) for case in kind()]
     for command in dict.fromkeys(case.command for case in cases):
         assert graft(shlex.split(command)) == 0, command
         shutil.rmtree("out", ignore_errors=True)
@@ -323,7 +363,7 @@ def test_what_once_failed_is_read_or_refused_in_one_line(
 
 def check(runner: Callable[[Case, random.Random], str | None], seed: int, count: int) -> None:
     """Run `count` changed inputs; those of one kind of input are as many as of another."""
-    kinds = [list(kind()) for kind in (adapters, models, data, options)]
+    kinds = [list(kind()) for kind in (adapters, models, data, options, others)]
     failures = []
     for number in range(count):
         rng = random.Random(f"{seed} {number}")

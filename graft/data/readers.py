@@ -69,7 +69,9 @@ def read_parquet(path: Path) -> list[Row]:
     try:
         columns = content_columns(parquet.read_schema(path).names, str(path))
         table = parquet.read_table(path, columns=columns)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these types.
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow has an error type for each way to be damaged
         raise InputError(f"cannot read {path}: {first_line(error)}") from error
     return rows_of_table(table, str(path))
 

@@ -111,7 +111,8 @@ def _fuse_and_check(
             "the tensors keep mlx-lm's names: it loads the folder, but transformers may not, as "
             f"its names for {config['model_type']} are not known"
         )
-    trained_on = fusion.adapter.options.get("data")
+    data = fusion.adapter.options.get("data")
+    trained_on = data if isinstance(data, str) else None
     examples, calibration = sample_text(tokenizer, config, named=check_data, trained_on=trained_on)
     check_token_ids(model, (example.tokens for example in [*examples, *calibration]))
     apply_adapter(model, fusion.adapter, name=fusion.name)
@@ -142,11 +143,12 @@ def compare_fused(sample: Sample, folder: Path, name: str) -> Comparison:
     """Compare the fused model in a folder with a sample of the adapter called `name`.
 
     Raises:
-        RunError: a loss is not finite.
+        InputError: the adapter's loss is not finite.
+        RunError: that of the fused model is not finite.
     """
     comparison = compare(sample, read_model(folder)[0])
     if not math.isfinite(comparison.adapter_loss):
-        raise RunError(
+        raise InputError(
             f"{name} has a loss of {comparison.adapter_loss} on the sample text before it is "
             "fused: train it again, or choose another one"
         )

@@ -165,10 +165,12 @@ def _from_json(content: Mapping[str, Any], tensors: dict[str, mx.array], path: P
         if rotary not in (None, *REORDERINGS):
             raise ValueError(f"rotary {rotary!r}")
         base_model, options = content["base_model"], content["options"]
+        if not isinstance(base_model, str | None) or not isinstance(options, dict):
+            raise TypeError("base_model and options are not a text and an object")
         row_shapes = tuple(map(str, content.get("row_shapes") or ()))
         return Adapter(tensors, layers, base_model, dropout, rotary, options, row_shapes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{record} is incomplete: {error!r}") from error
+        raise InputError(f"{record} is incomplete or damaged: {error!r}") from error
 
 
 def config_from_json(content: Mapping[str, Any]) -> LayerConfig:
