@@ -301,12 +301,34 @@ def _exports(parsed: griffe.Module, code: str) -> list[str] | None:
     if bound is None:
         return None
     names: list[str] = []
+    tree = ast.parse(code)
     try:
-        for node in ast.walk(ast.parse(code)):
-            names += _exported_by(node)
+        loops = _loop_modules(tree)
+        for node in ast.walk(tree):
+            for name in _exported_by(node):
+                names += loops.get(name, [name])
     except _NotLiteralError:
         return None
     return names
+
+
+def _loop_modules(tree: ast.Module) -> dict[str, list[str]]:
+    """What `*module` stands for in `for module in (a, b): __all__.extend(module.__all__)`.
+
+    Raises:
+        _NotLiteralError: such a loop is over something that has to be evaluated.
+    """
+    loops: dict[str, list[str]] = {}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.For) and isinstance(node.target, ast.Name)):
+            continue
+        variable = f"*{node.target.id}"
+        if any(variable in _exported_by(inner) for inner in ast.walk(node)):
+            if not isinstance(node.iter, ast.List | ast.Tuple):
+                raise _NotLiteralError
+            modules = [f"*{ast.unparse(item)}" for item in node.iter.elts]
+            loops[variable] = [*loops.get(variable, []), *modules]
+    return loops
 
 
 class _NotLiteralError(Exception):

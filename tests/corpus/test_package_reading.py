@@ -152,6 +152,10 @@ ALL = {
     "from p import _x\n__all__ = list(_x.__all__) + ['a']": {"p.a", "p.d"},
     "from p import _x\n__all__ = _x.__all__.copy()": {"p.d"},
     "from p._x import __all__": {"p.d"},
+    "from p import _x\n__all__ = ['a']\nfor m in (_x,):\n    __all__.extend(m.__all__)": {
+        "p.a",
+        "p.d",
+    },
     "__all__ = []": set(),
     "__all__ = ['a']\n__all__.extend(dir())": {"p.a", "p.b", "p.c", "p.d"},
     "__all__ = [name for name in dir()]": {"p.a", "p.b", "p.c", "p.d"},
