@@ -4,10 +4,13 @@ import shutil
 from pathlib import Path
 
 import graft  # noqa: F401
-from graft.adapters.adapter import apply_adapter
+from graft.adapters.adapter import adapter_of, apply_adapter
+from graft.adapters.attach import attach
 from graft.adapters.files import load_adapter
 from graft.adapters.formats.graft import write_adapter
+from graft.adapters.targets import plan
 from graft.cli import fuse as fusing
+from graft.exporting.fuse import fuse
 from graft.pretrained.load import load_model, read_model
 from graft.pretrained.module_paths import collapsed
 
@@ -251,3 +254,17 @@ def test_a_fused_4_bit_model_keeps_95_percent_of_the_gain(
         assert gain > 0.1
         assert kept >= 0.95
         assert sizes[1] <= 1.1 * sizes[0]
+
+
+def test_a_model_that_only_mlx_lm_may_load_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LLAMA | {"model_type": "internlm3", "bias": False, "qkv_bias": False}
+    base = write_model(tmp_path / "base", config)
+    model, _ = read_model(base)
+    attach(model, plan(model, "q_proj", rank=4, alpha=6.0))
+    adapter = adapter_of(model, base_model=str(base))
+    data = write_rows(tmp_path / "data", train=TEXTS, valid=TEXTS)
+    fuse(adapter, tmp_path / "whole", dequantize=True, check_data=str(data))
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "its names for internlm3 are not known" in printed
