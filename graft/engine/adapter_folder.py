@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graft.adapters.formats import file_suffixes, find_file
+from graft.adapters.formats import file_patterns, file_suffixes, find_file
 from graft.engine.engine import Engine
 from graft.errors import InputError, first_line
 
@@ -53,14 +53,20 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     if _is_adapter(folder):
         return {folder.resolve().name: folder.resolve()}
     paths = sorted(path for path in folder.resolve().iterdir() if not path.name.startswith("."))
-    return {path.name if path.is_dir() else path.stem: path for path in paths if _is_adapter(path)}
+    paths = [path for path in paths if _holds_adapter(path)]
+    return {path.name if path.is_dir() else path.stem: path for path in paths}
 
 
-def _is_adapter(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix in file_suffixes()
+def _is_adapter(folder: Path) -> bool:
     try:
-        find_file(path)
+        find_file(folder)
     except InputError:
         return False
     return True
+
+
+def _holds_adapter(path: Path) -> bool:
+    """Whether a path is an adapter; also a folder with several files, whose reason is reported."""
+    if path.is_file():
+        return path.suffix in file_suffixes()
+    return any(file.is_file() for pattern in file_patterns() for file in path.glob(pattern))

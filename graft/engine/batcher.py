@@ -13,7 +13,7 @@ from graft.engine.adapter_bank import AdapterBank
 from graft.engine.prompt_cache import PromptCache
 from graft.engine.request import Request
 from graft.engine.row_adapters import MultiAdapterModel
-from graft.engine.streams import FinishReason, Piece, State, TokenInfo
+from graft.engine.streams import Alternative, FinishReason, Piece, State, TokenInfo
 from graft.errors import RunError, first_line
 from graft.pretrained.token_bytes import TokenBytes
 from graft.pretrained.tokenizer import Tokenizer
@@ -292,7 +292,11 @@ class Batcher:
         if alternatives is None or logprobs is None:
             return TokenInfo(token, text, token_bytes)
         values = np.asarray(logprobs)
-        top = [(n, self._token_bytes.text(n), float(values[n])) for n in _top(values, alternatives)]
+        likeliest = _top(values, alternatives)
+        if alternatives and token not in likeliest:
+            likeliest.append(token)
+        of = self._token_bytes
+        top = [Alternative(n, of.text(n), float(values[n]), of.of(n)) for n in likeliest]
         return TokenInfo(token, text, token_bytes, float(values[token]), top)
 
 

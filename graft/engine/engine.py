@@ -139,8 +139,10 @@ class Engine:
         """
         with self._loop.changed:
             self._loop.check_open()
-            if not name:
-                raise InputError("an adapter's name must not be empty")
+            if not isinstance(name, str) or not name:
+                raise InputError(f"an adapter's name must be a string that is not empty: {name!r}")
+            if not isinstance(path, str | Path):
+                raise InputError(f"an adapter's path must be a string or a path, not {path!r}")
             if self._has_attached_adapter:
                 raise AdapterDoesNotFit(
                     f"{name} cannot be loaded: the engine's model has an adapter attached; "
@@ -260,6 +262,15 @@ class Engine:
             EngineFailed: a step of the batch failed.
         """
         return self.submit(prompt, **settings).result()
+
+    def check_open(self) -> None:
+        """Check that the engine takes requests.
+
+        Raises:
+            EngineClosed: it is closed or closing, or its thread has ended.
+        """
+        with self._loop.changed:
+            self._loop.check_open()
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done since its start."""
@@ -407,9 +418,13 @@ class Engine:
 
 
 def _check_limits(**limits: int | None) -> None:
-    low = [f"{name} {value}" for name, value in limits.items() if value is not None and value < 1]
-    if low:
-        raise InputError(f"{', '.join(low)}: must be 1 or more")
+    wrong = [
+        f"{name} {value!r}"
+        for name, value in limits.items()
+        if value is not None and not (type(value) is int and value >= 1)
+    ]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: must be a whole number, 1 or more")
 
 
 def _possible_rows(model: nn.Module, bank: AdapterBank, wanted: int) -> int:

@@ -91,9 +91,9 @@ class EngineLoop:
         """Refuse new work once the engine is closing.
 
         Raises:
-            EngineClosed: it is.
+            EngineClosed: it is, or its thread has ended.
         """
-        if self.closing:
+        if self.closing or not self._thread.is_alive():
             raise EngineClosed("the engine is closed or closing")
 
     def submit(self, request: Request) -> None:

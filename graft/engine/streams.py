@@ -9,12 +9,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from graft.pretrained.tokenizer import StreamingDecoder, Tokenizer
 
 State = Literal["queued", "running", "finished", "cancelled", "failed"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Alternative(NamedTuple):
+    """A token that was possible at a position; attributes as in `TokenInfo`."""
+
+    id: int
+    text: str
+    logprob: float
+    bytes: bytes
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,15 @@ class TokenInfo:
         bytes: bytes of the token alone.
         logprob: natural logarithm of its probability at temperature 1; `None` if not requested, and
             for the first token of a prompt.
-        top: most likely tokens at its position, as (id, text, log-probability), most likely first.
+        top: most likely tokens at its position, most likely first; the token itself is last if it
+            is not among them.
     """
 
     id: int
     text: str
     bytes: bytes
     logprob: float | None = None
-    top: list[tuple[int, str, float]] = field(default_factory=list)
+    top: list[Alternative] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ class Completion:
     Attributes:
         text: text without the stop string that ended it.
         tokens: generated tokens without the end token.
-        finish_reason: "stop" after a stop string or an end token, "length" at the limit.
+        finish_reason: "stop" after a stop string or an end token, "length" at the limit,
+            "cancelled" if the text is not all of the answer.
         prompt_tokens: number of tokens in the prompt.
         cached_tokens: number of them found in the prompt cache.
         prompt: the prompt's tokens, if `echo` was requested.
@@ -81,7 +92,7 @@ class Stream:
 
     Attributes:
         state: "queued", "running", and at the end "finished", "cancelled" or "failed".
-        finish_reason: "stop" or "length" once finished.
+        finish_reason: "stop", "length" or "cancelled" once ended, unless it failed.
         cached_tokens: number of prompt tokens found in the prompt cache.
         prompt: the prompt's tokens, complete before the first piece, if `echo` was requested.
     """
@@ -156,7 +167,7 @@ class Stream:
         return Completion(
             "".join(piece.text for piece in pieces),
             [token for piece in pieces for token in piece.tokens],
-            self.finish_reason or "stop",
+            self.finish_reason or "cancelled",
             self.prompt_tokens,
             self.cached_tokens,
             self.prompt,
@@ -179,7 +190,8 @@ class Stream:
         with self._changed:
             if self.ended:
                 return
-            self.finish_reason, self._error = finish_reason, error
+            self.finish_reason = "cancelled" if state == "cancelled" else finish_reason
+            self._error = error
             self.state = state
         self._notify()
 

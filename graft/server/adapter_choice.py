@@ -42,6 +42,8 @@ def chosen_adapters(service: Service, request: GenerationRequest) -> dict[str, f
         return scales_by_id(loaded, request.lora)
     if request.adapters is not None:
         return _by_name_or_path(service, loaded, request.adapters)
+    if request.model is not None:
+        return {}
     names = {adapter.name for adapter in loaded}
     return {name: scale for name, scale in service.scales.items() if name in names}
 

@@ -72,7 +72,12 @@ class Gate:
         except HttpError as error:
             response = _error_response(error, Request(scope))
             return await response(scope, receive, count_and_send)
-        await self._app(scope, receive, count_and_send)
+        try:
+            await self._app(scope, receive, count_and_send)
+        except Exception:
+            # The app has no answer for it, so Starlette sends one, outside of this middleware.
+            self._service.responses[path, 500] += 1
+            raise
 
     def _check(self, headers: Headers, *, needs_key: bool) -> None:
         settings = self._service.settings

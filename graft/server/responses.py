@@ -3,6 +3,7 @@
 Pure functions from pieces of an answer to JSON.
 """
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ class Answer:
         prompt_ids: token ids of the prompt.
         cached_tokens: number of prompt tokens found in the prompt cache.
         prompt: tokens of the prompt with log-probabilities, if `echo` asks for them.
-        offset: number of characters sent so far, for `text_offset`.
+        offset: where the next token begins in the text, for `text_offset`.
+        decoder: of the tokens so far; it holds the bytes of an incomplete character.
     """
 
     id: str
@@ -38,6 +40,17 @@ class Answer:
     cached_tokens: int = 0
     prompt: list[TokenInfo] = field(default_factory=list)
     offset: int = 0
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    def add_prompt(self, prompt: list[TokenInfo], cached_tokens: int) -> None:
+        """Add what is known of the prompt once it is processed."""
+        self.prompt, self.cached_tokens = prompt, cached_tokens
+        written = b"".join(token.bytes for token in prompt)
+        # SentencePiece adds a space before a text, which the text does not have.
+        if written == b" " + self.prompt_text.encode():
+            self.offset = -1
 
 
 class ResponseFormat(Protocol):
@@ -201,20 +214,31 @@ def _ids(answer: Answer, tokens: Sequence[TokenInfo]) -> Json:
 
 
 def _completion_logprobs(answer: Answer, tokens: Sequence[TokenInfo]) -> Json:
-    """Four lists with a value for each token; the first prompt token has no log-probability."""
+    """Four lists with a value for each token; the first prompt token has no log-probability.
+
+    A token that continues a character has the offset of that character.
+    """
     offsets = []
     for token in tokens:
-        offsets.append(answer.offset)
-        answer.offset += len(token.text)
+        offsets.append(max(0, answer.offset))
+        answer.offset += len(answer.decoder.decode(token.bytes))
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            None if token.logprob is None else {text: value for _, text, value in token.top}
-            for token in tokens
-        ],
+        "top_logprobs": [None if token.logprob is None else _by_text(token) for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _by_text(token: TokenInfo) -> dict[str, float]:
+    """Log-probabilities by text; other tokens of a text that is taken are written as in vLLM.
+
+    The token itself comes first, so that its text is its own.
+    """
+    by_text: dict[str, float] = {}
+    for each in sorted(token.top, key=lambda each: each.id != token.id):
+        by_text[f"token_id:{each.id}" if each.text in by_text else each.text] = each.logprob
+    return dict(sorted(by_text.items(), key=lambda item: -item[1]))
 
 
 def _chat_logprobs(answer: Answer, tokens: Sequence[TokenInfo]) -> Json | None:
@@ -226,8 +250,8 @@ def _chat_logprobs(answer: Answer, tokens: Sequence[TokenInfo]) -> Json | None:
             "logprob": token.logprob,
             "bytes": list(token.bytes),
             "top_logprobs": [
-                {"token": text, "logprob": value, "bytes": list(text.encode())}
-                for _, text, value in token.top
+                {"token": each.text, "logprob": each.logprob, "bytes": list(each.bytes)}
+                for each in token.top
             ],
         }
         for token in tokens

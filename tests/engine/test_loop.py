@@ -362,7 +362,7 @@ def test_loading_from_many_threads_leaves_none_behind(
 
 
 def test_limits_must_be_1_or_more(model: nn.Module, tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="max_rank 0, max_rows -1: must be 1 or more"):
+    with pytest.raises(InputError, match="max_rank 0, max_rows -1: must be a whole number, 1"):
         Engine(model, tokenizer, max_rank=0, max_rows=-1)
 
 

@@ -76,7 +76,8 @@ def test_a_stream_ends_once_and_then_is_not_cancelled() -> None:
     stream.end("cancelled")
     stream.end("finished", finish_reason="stop")
     stream.cancel()
-    assert (stream.state, stream.finish_reason, cancelled) == ("cancelled", None, ["yes"])
+    assert (stream.state, stream.finish_reason, cancelled) == ("cancelled", "cancelled", ["yes"])
+    assert stream.result().finish_reason == "cancelled"
 
 
 def test_subscribers_hear_of_every_piece_and_of_the_end() -> None:

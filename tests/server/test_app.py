@@ -134,6 +134,7 @@ def test_a_bug_is_answered_and_ends_nothing(
     assert status == 500
     assert content["error"]["type"] == "server_error"
     assert "a bug" not in content["error"]["message"]
+    assert live.service.responses["/v1/completions", 500] == 1
     assert live.post("/v1/completions", BODY)[0] == 200
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.engine.streams import Piece, TokenInfo
+from graft.engine.streams import Alternative, Piece, TokenInfo
 from graft.server.requests import GenerationRequest
 from graft.server.responses import (
     Answer,
@@ -13,10 +13,12 @@ from graft.server.responses import (
     usage_chunk,
 )
 
-A = TokenInfo(5, " a", b" a", -0.5, [(5, " a", -0.5), (6, " b", -1.5)])
-HALF = TokenInfo(9, "\ufffd", b"\xc3", -0.25, [(9, "\ufffd", -0.25)])
+A = TokenInfo(
+    5, " a", b" a", -0.5, [Alternative(5, " a", -0.5, b" a"), Alternative(6, " b", -1.5, b" b")]
+)
+HALF = TokenInfo(9, "\ufffd", b"\xc3", -0.25, [Alternative(9, "\ufffd", -0.25, b"\xc3")])
 FIRST = TokenInfo(1, "", b"")
-PROMPT = TokenInfo(3, "Hi", b"Hi", -2.0, [(4, "Ho", -1.0)])
+PROMPT = TokenInfo(3, "Hi", b"Hi", -2.0, [Alternative(4, "Ho", -1.0, b"Ho")])
 TEXT, CHAT = CompletionFormat(), ChatCompletionFormat()
 
 
@@ -79,12 +81,11 @@ def test_a_whole_chat_completion() -> None:
     whole = response(CHAT, one, CHAT.whole(one, Piece("ü", [HALF]), "stop"), 1)
     assert (whole["id"], whole["object"]) == ("chatcmpl-abc", "chat.completion")
     token = {"token": "\ufffd", "logprob": -0.25, "bytes": [0xC3]}
-    told = {**token, "bytes": list("\ufffd".encode())}
     assert whole["choices"] == [
         {
             "index": 0,
             "message": {"role": "assistant", "content": "ü", "refusal": None},
-            "logprobs": {"content": [{**token, "top_logprobs": [told]}], "refusal": None},
+            "logprobs": {"content": [{**token, "top_logprobs": [token]}], "refusal": None},
             "finish_reason": "stop",
         }
     ]
@@ -121,3 +122,32 @@ def test_token_ids_are_told_where_asked_for() -> None:
     assert CHAT.opening(one)[0]["prompt_token_ids"] == [1, 3]
     assert CHAT.chunk(one, Piece("", [HALF]))["token_ids"] == [9]
     assert "token_ids" not in CHAT.chunk(answer(), Piece(" a", [A]))
+
+
+def test_offsets_index_the_text_also_within_characters() -> None:
+    """SentencePiece writes a space before the text, and a character as several tokens of a byte."""
+    text = "Q: é 😀 x"
+    parts = [b"", b" Q", b":", b" ", *(bytes([byte]) for byte in "é".encode()), b" "]
+    parts += [*(bytes([byte]) for byte in "😀".encode()), b" x"]
+    tokens = [TokenInfo(n, part.decode("utf-8", "replace"), part) for n, part in enumerate(parts)]
+    request = GenerationRequest(logprobs=0, echo=True)
+    answer = Answer("a", "m", 0, request, text, [])
+    answer.add_prompt(tokens, 0)
+    after = [TokenInfo(50, " y", b" y"), TokenInfo(51, "z", b"z")]
+    choice = CompletionFormat().whole(answer, Piece(" yz", after), "length")
+    offsets = choice["logprobs"]["text_offset"]
+    assert offsets == [0, 0, 1, 2, 3, 3, 4, 5, 5, 5, 5, 6, 8, 10]
+    assert choice["text"][offsets[2]] == ":" and choice["text"][offsets[-1]] == "z"
+
+
+def test_alternatives_of_one_text_do_not_merge() -> None:
+    top = [Alternative(3, "Q", -0.5, b"Q"), Alternative(70, "Q", -1.5, b"Q")]
+    top.append(Alternative(240, "\ufffd", -2.5, b"\xf0"))
+    token = TokenInfo(70, "Q", b"Q", -1.5, top)
+    request = GenerationRequest(logprobs=3)
+    answer = Answer("a", "m", 0, request, "", [])
+    choice = CompletionFormat().chunk(answer, Piece("Q", [token]))
+    assert choice["logprobs"]["top_logprobs"] == [{"token_id:3": -0.5, "Q": -1.5, "\ufffd": -2.5}]
+    chat = ChatCompletionFormat().chunk(answer, Piece("Q", [token]))
+    found = chat["logprobs"]["content"][0]["top_logprobs"]
+    assert [each["bytes"] for each in found] == [[81], [81], [240]]

@@ -113,13 +113,20 @@ def file_suffixes() -> set[str]:
 def find_file(path: Path) -> Path:
     """The file with the tensors: `path` itself, or the one in the folder that it names.
 
+    A format may have several names for its file; of a folder's files of one format, the first in
+    that order counts, such as PEFT's .safetensors before its .bin.
+
     Raises:
         InputError: the folder holds no adapter, or more than one.
     """
     if not path.is_dir():
         return path
     patterns = file_patterns()
-    files = [path / name for name in patterns if (path / name).is_file()]
+    named = [
+        [path / name for name in format.files if (path / name).is_file()]
+        for format in FORMATS.values()
+    ]
+    files = list(dict.fromkeys(of_format[0] for of_format in named if of_format))
     files = files or sorted(file for pattern in patterns for file in path.glob(pattern))
     if not files:
         expected = f"{', '.join(patterns[:-1])} or {patterns[-1]}"

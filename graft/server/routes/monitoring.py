@@ -37,8 +37,8 @@ class Metric:
 
 @route("GET", "/health", errors=LLAMA_CPP_ERRORS, needs_key=False)
 async def health(request: Request) -> Response:
-    """Answer 200 as long as the engine and the server respond."""
-    service_of(request).engine.stats()
+    """Answer 200 as long as the engine takes requests, and 503 once it does not."""
+    service_of(request).engine.check_open()
     return JSONResponse({"status": "ok"})
 
 

@@ -200,8 +200,7 @@ def _prompt_text(service: Service, wanted: GenerationRequest) -> str:
 
 def _add_prompt(answer: Answer, stream: Stream) -> None:
     """Copy what the stream reports about the prompt, which is complete at the first piece."""
-    answer.cached_tokens = stream.cached_tokens
-    answer.prompt = stream.prompt
+    answer.add_prompt(stream.prompt, stream.cached_tokens)
 
 
 def _max_tokens(wanted: GenerationRequest, form: ResponseFormat, service: Service) -> int:

@@ -1,6 +1,7 @@
 """What Prometheus reads, and the server's health."""
 
 import re
+import threading
 from collections.abc import Iterator
 
 from graft.server.routes.monitoring import Metric, exposition
@@ -66,5 +67,11 @@ def test_refusals_are_counted_by_status(live: Live) -> None:
     assert counted['graft_http_responses_total{path="other",status="404"}'] >= 1
 
 
-def test_health_is_ok(live: Live) -> None:
+def test_health_is_ok_until_the_engine_s_thread_has_ended(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert live.get("/health") == (200, {"status": "ok"})
+    with monkeypatch.context() as patched:
+        patched.setattr(live.engine._loop, "_thread", threading.Thread())
+        status, content = live.get("/health")
+    assert (status, content["error"]["type"]) == (503, "unavailable_error")
