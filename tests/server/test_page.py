@@ -182,10 +182,16 @@ def test_stop_frees_the_rows_and_keeps_what_there_is(page: Any, live: Live) -> N
 
 def test_an_error_is_told_on_the_card(page: Any) -> None:
     compare(page, "a b " * 600)
-    finish(page)
+    page.get_by_role("status").filter(has_text=re.compile("^Failed$")).wait_for(timeout=60_000)
     alerts = page.get_by_role("alert").all_text_contents()
     assert len(alerts) == 1 + len(ADAPTERS)
     assert all("512" in alert for alert in alerts)
+
+
+def test_a_reload_keeps_the_prompt(page: Any) -> None:
+    page.get_by_label("Prompt", exact=True).fill("What is é?")
+    page.reload()
+    assert page.get_by_label("Prompt", exact=True).input_value() == "What is é?"
 
 
 def test_each_control_has_a_name(page: Any) -> None:

@@ -242,6 +242,7 @@ class Card {
   }
 
   fail(error) {
+    this.failed = true;
     const text = document.createElement("p");
     text.className = "error";
     text.setAttribute("role", "alert");
@@ -266,6 +267,12 @@ function factor(difference) {
   return `${shown} times ${difference > 0 ? "more likely" : "less likely"}`;
 }
 
+function outcome(cards) {
+  const failed = cards.filter((card) => card.failed).length;
+  if (!failed) return "Done";
+  return failed === cards.length ? "Failed" : `Done, ${failed} of ${cards.length} failed`;
+}
+
 async function compare() {
   const answers = wantedAnswers();
   if (running) return;
@@ -279,7 +286,7 @@ async function compare() {
   const chat = document.querySelector("[name=mode]:checked").value === "chat";
   const { signal } = running;
   await Promise.all(cards.map((card) => card.run($("prompt").value, chat, sampling(), signal)));
-  $("status").textContent = signal.aborted ? "Stopped" : "Done";
+  $("status").textContent = signal.aborted ? "Stopped" : outcome(cards);
   if ($("answers").contains(document.activeElement) === false && document.activeElement === $("halt")) $("run").focus();
   $("run").disabled = false;
   $("halt").hidden = true;
@@ -302,6 +309,8 @@ $("halt").addEventListener("click", () => running?.abort());
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compare").requestSubmit();
 });
+$("prompt").value ||= sessionStorage.getItem("graft-prompt") || "";
+$("prompt").addEventListener("input", () => sessionStorage.setItem("graft-prompt", $("prompt").value));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = $("key").value;
