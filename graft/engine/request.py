@@ -62,7 +62,8 @@ class Sampling:
                     "stop",
                     self.stop,
                     "a list of strings",
-                    not isinstance(self.stop, str) and all(isinstance(s, str) for s in self.stop),
+                    isinstance(self.stop, list | tuple)
+                    and all(isinstance(s, str) for s in self.stop),
                 ),
             )
             if not fits
@@ -112,6 +113,8 @@ def check_scales(adapters: Mapping[str, float]) -> None:
     Raises:
         InputError: scales are invalid; all of them are named.
     """
+    if not isinstance(adapters, Mapping):
+        raise InputError(f"adapters must be scales by name, not {adapters!r}")
     bad = [
         f"{name}={scale!r}"
         for name, scale in adapters.items()
@@ -127,6 +130,8 @@ def check_ids(prompt: Sequence[Any], vocabulary: int | None) -> list[int]:
     Raises:
         InputError: some are not ids of the vocabulary; the first five are named.
     """
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise InputError(f"the prompt must be text or a list of token ids, not {prompt!r}")
     bad = [
         token
         for token in prompt

@@ -288,6 +288,20 @@ def test_an_adapter_s_name_and_path_of_other_types_are_refused(
         engine.load_adapter(name, path)
 
 
+@pytest.mark.parametrize("prompt", [5, None, b"x", {"a": 1}])
+def test_a_prompt_of_another_type_is_refused(prompt: Any, engine: Engine) -> None:
+    with pytest.raises(InputError, match="the prompt must be text or a list of token ids, not"):
+        engine.submit(prompt)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adapters": ["a"]}, {"adapters": None}, {"stop": 5}, {"stop": None}]
+)
+def test_settings_of_other_types_are_refused(settings: Any, engine: Engine) -> None:
+    with pytest.raises(InputError, match=r"adapters must be scales|must be a list of strings"):
+        engine.submit("x", **settings)
+
+
 def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(
     engine: Engine, files: dict[str, Path]
 ) -> None:

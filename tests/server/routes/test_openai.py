@@ -321,3 +321,18 @@ def test_what_fails_after_the_first_event_is_told_in_an_event(
 def test_an_empty_prompt_starts_with_the_start_token(live: Live) -> None:
     status, content = post(live, "/v1/completions", {"prompt": "", "max_tokens": 3})
     assert (status, content["usage"]["prompt_tokens"]) == (200, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'"tool_calls": [{"function": null}]',
+        b'"tool_calls": [null]',
+        b'"tool_calls": [{"function": {"name": "f", "arguments": %s}}]' % (b"9" * 5000),
+        b'"tool_calls": [{"function": {"name": "f", "arguments": "[\\ud800]"}}]',
+        b'"name": ' + b"[" * 900 + b"]" * 900,
+    ],
+)
+def test_messages_that_no_template_can_write_are_bad_requests(live: Live, content: bytes) -> None:
+    sent = b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", %s}]}' % content
+    assert post(live, "/v1/chat/completions", sent)[0] == 400
