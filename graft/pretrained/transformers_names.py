@@ -121,7 +121,7 @@ _SAME = (
 # Architectures whose names and layouts in transformers are known.
 KNOWN = frozenset((*_SAME, *_RULES, *_BEGINNINGS))
 
-# Models with an encoder of images: transformers nests the two halves in another order.
+# Vision-language models: transformers nests the two halves in another order.
 _NESTED = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head", "lm_head"),

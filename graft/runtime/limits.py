@@ -1,4 +1,4 @@
-"""Ends Python code of unknown origin, such as a chat template, that takes too long.
+"""Ends untrusted Python code, such as a chat template, that takes too long or too much memory.
 
 A thread watches the time and raises an exception in the thread that runs the code, between two of
 its instructions: a loop ends, a single call into C does not.

@@ -1,4 +1,4 @@
-"""Reads JSON of unknown origin: every text is read here, or refused with a reason of one line.
+"""Reads untrusted JSON: any text is either read or refused with a one-line reason.
 
 What is returned can be converted, nested into other values and written again without surprises:
 its depth and its numbers are limited.

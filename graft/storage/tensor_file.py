@@ -1,4 +1,4 @@
-"""Reads files of tensors of unknown origin: npz, safetensors and PyTorch's.
+"""Reads untrusted files of tensors: npz, safetensors and PyTorch's.
 
 A header may be wrong, so every size is checked against the file before memory is taken. All damage
 is reported in one line.

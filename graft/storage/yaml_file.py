@@ -1,4 +1,4 @@
-"""Reads YAML files of settings: names and plain values, of unknown origin."""
+"""Reads untrusted YAML files of settings: names and plain values."""
 
 from pathlib import Path
 from typing import Any

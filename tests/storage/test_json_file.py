@@ -1,4 +1,4 @@
-"""JSON of unknown origin is read, or refused in one line."""
+"""Untrusted JSON is read, or refused in one line."""
 
 import json
 from pathlib import Path

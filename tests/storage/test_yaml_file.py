@@ -1,4 +1,4 @@
-"""YAML of unknown origin is read, or refused in one line."""
+"""Untrusted YAML is read, or refused in one line."""
 
 import os
 from pathlib import Path
