@@ -11,16 +11,23 @@ from graft.errors import InputError
 
 import mlx.nn as nn
 
+# mlx-lm leaves the weight of a token's expert as it is if there is one; transformers divides it
+# by itself if `norm_topk_prob` is set.
+_ONE_EXPERT_UNSCALED = (
+    *("deepseek_v3", "dots1", "exaone_moe"),
+    *("glm4_moe", "glm4_moe_lite", "nemotron_h"),
+)
+
 
 def check_differences(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """The differences that concern some inputs only, a line each.
+    """The differences in what a model computes, a line each.
 
     Args:
         model: the architecture as mlx-lm builds it.
         config: its configuration.
 
     Raises:
-        InputError: the model would compute something else for all inputs.
+        InputError: the difference is one that no use of the model bears.
     """
     name = config.get("model_type")
     rotated = config.get("partial_rotary_factor")
@@ -40,6 +47,29 @@ def check_differences(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
             "mlx-lm's jamba scales the weights of a token's experts to a sum of 1, transformers "
             "does not: their answers differ"
         )
+    args = getattr(model, "args", None)
+    one_expert = getattr(args, "num_experts_per_tok", None) == 1
+    if name in _ONE_EXPERT_UNSCALED and one_expert and getattr(args, "norm_topk_prob", False):
+        notes.append(
+            f"mlx-lm's {name} does not scale the weight of a token's only expert to 1, "
+            "transformers does (norm_topk_prob): their answers differ"
+        )
+    local = config.get("rope_local_base_freq", config.get("rope_theta"))
+    if name == "olmo3" and local != config.get("rope_theta"):
+        notes.append(
+            "mlx-lm's olmo3 has one rope_theta for all layers, and this model another for those "
+            "with a sliding window: its answers differ from those of transformers"
+        )
+    if name == "mamba2" and getattr(args, "n_groups", 1) > 1:
+        notes.append(
+            "mlx-lm's mamba2 normalizes all channels together, transformers each of the n_groups "
+            "by itself: their answers differ"
+        )
+    if name == "mamba2" and getattr(args, "layer_norm_epsilon", 1e-5) != 1e-5:
+        notes.append(
+            "mlx-lm's mamba2 normalizes the input of its layers with 1e-5 instead of the model's "
+            "layer_norm_epsilon: its answers differ from those of transformers"
+        )
     return notes
 
 
@@ -53,6 +83,7 @@ def _ignored_window(model: nn.Module, config: Mapping[str, Any]) -> int | None:
     args = getattr(model, "args", None)
     kinds = getattr(args, "layer_types", None) or ()
     applied = hasattr(args, "sliding_window") and (
-        config.get("model_type") not in ("llama", "mistral") or "sliding_attention" in kinds
+        config.get("model_type") not in ("llama", "ministral3", "mistral")
+        or "sliding_attention" in kinds
     )
     return None if applied else window
