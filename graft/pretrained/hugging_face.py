@@ -33,8 +33,12 @@ _OLDER_NAMES = {
     "mellum": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_experts": "num_local_experts"},
 }
-# Architectures that mlx-lm does not build without this setting, which may be null.
-_NEED_ROPE_SCALING = ("exaone4", "glm4_moe")
+# Settings without which mlx-lm does not build an architecture, and which may be null.
+_REQUIRED = {
+    "exaone4": "rope_scaling",
+    "glm4_moe": "rope_scaling",
+    "mamba2": "intermediate_size",  # computed from the heads
+}
 
 
 def open_hugging_face_folder(folder: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
@@ -58,7 +62,8 @@ def read_hugging_face_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or damaged, or the model needs code from its folder.
     """
-    config = with_older_names(with_rope_settings(read_json_file(folder / "config.json")))
+    saved: dict[str, Any] = _with_decoded_numbers(read_json_file(folder / "config.json"))
+    config = with_older_names(with_rope_settings(saved))
     if "model_file" in config:
         raise InputError(
             f"{folder}/config.json needs {config['model_file']} to be run, which Graft does not do"
@@ -95,8 +100,19 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     """Add settings that mlx-lm reads under names that transformers 5 does not write."""
     names = _OLDER_NAMES.get(str(config.get("model_type")), {})
     found = {older: config[name] for older, name in names.items() if config.get(name) is not None}
-    required = {"rope_scaling": None} if config.get("model_type") in _NEED_ROPE_SCALING else {}
-    return required | found | config
+    required = _REQUIRED.get(str(config.get("model_type")))
+    return ({required: None} if required else {}) | found | config
+
+
+def _with_decoded_numbers(value: Any) -> Any:
+    """The value with numbers where transformers 5 writes {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_with_decoded_numbers(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _with_decoded_numbers(item) for name, item in value.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,16 +1,22 @@
 """Hugging Face's layout, on disk and from the Hub."""
 
 import json
+import math
 from pathlib import Path
 
+import convert
 from graft.errors import InputError
+from graft.pretrained.base_config import read_base_config
 from graft.pretrained.folder import read_folder
 from graft.pretrained.hugging_face import (
     open_hugging_face_folder,
+    read_hugging_face_config,
     weight_files,
     with_older_names,
     with_rope_settings,
 )
+from graft.pretrained.lazy_model import open_base
+from graft.pretrained.load import load_model, read_model
 from graft.storage.lazy_tensors import read
 
 import mlx.core as mx
@@ -110,3 +116,36 @@ def test_settings_that_transformers_5_renamed_get_the_names_that_mlx_lm_reads() 
     assert with_older_names({"model_type": "gpt2", "n_positions": 64, "n_ctx": 32})["n_ctx"] == 32
     assert with_older_names({"model_type": "glm4_moe"})["rope_scaling"] is None
     assert with_older_names({"model_type": "llama"}) == {"model_type": "llama"}
+    assert with_older_names({"model_type": "mamba2"})["intermediate_size"] is None
+
+
+def test_infinity_is_read_as_transformers_5_writes_it(tmp_path: Path) -> None:
+    saved = {"time_step_limit": [0.0, {"__float__": "Infinity"}], "other": {"__float__": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    expected = saved | {"time_step_limit": [0.0, math.inf]}
+    assert read_hugging_face_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "opener", ["export, merge", "fuse, chat, serve", "fuse, extract", "convert"]
+)
+def test_every_command_reads_the_rotary_settings_of_transformers_5(
+    tmp_path: Path, opener: str
+) -> None:
+    config = {name: value for name, value in tiny.LLAMA.items() if name != "rope_theta"}
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    folder = tiny.write_model(tmp_path / "m", config | {"rope_parameters": rope})
+    match opener:
+        case "export, merge":
+            base = read_base_config(str(folder))
+            found, model = base.config, base.model
+        case "fuse, chat, serve":
+            model, _, found = load_model(folder)
+        case "fuse, extract":
+            with open_base(folder, tmp_path) as files:
+                found, model = files.config, files.model
+        case "convert":
+            convert.convert(tmp_path / "out", hf_path=folder)
+            model, found = read_model(tmp_path / "out")
+    assert found["rope_theta"] == 500.0
+    assert model.layers[0].self_attn.rope.base == 500.0

@@ -7,8 +7,10 @@ from graft.errors import InputError
 from graft.pretrained.hugging_face import with_rope_settings
 from graft.pretrained.known_differences import check_differences
 from graft.pretrained.lazy_model import open_base
-from graft.pretrained.load import build_model, load_model
+from graft.pretrained.load import build_model, load_model, read_model
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from support.architectures import read_configs
@@ -87,3 +89,27 @@ def test_glm_with_partly_rotated_heads_is_refused(tmp_path: Path) -> None:
     config = LLAMA | {"model_type": "glm", "head_dim": 16, "partial_rotary_factor": 0.5}
     with pytest.raises(InputError, match="partial_rotary_factor"):
         load_model(write_model(tmp_path / "half", config))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("groups", "said"), [(1, False), (2, True)])
+def test_mamba2_that_transformers_saved_gives_its_logits_or_is_said_not_to(
+    tmp_path: Path, groups: int, said: bool
+) -> None:
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    config = transformers.Mamba2Config(
+        **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+        **{"num_heads": 4, "head_dim": 16, "n_groups": groups, "chunk_size": 8},
+    )
+    torch.manual_seed(0)
+    reference = transformers.Mamba2ForCausalLM(config).eval()
+    for parameter in reference.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    reference.save_pretrained(tmp_path)
+    tokens = [[1, 5, 9, 30, 7, 42, 0, 63, 2, 8]]
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens), use_cache=False).logits.numpy()
+    model, read = read_model(tmp_path)
+    differs = np.abs(np.array(model(mx.array(tokens))) - expected).max() > 1e-4
+    assert (bool(differs), bool(check_differences(model, read))) == (said, said)
