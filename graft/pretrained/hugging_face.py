@@ -3,6 +3,7 @@
 Tensors keep the names that they have in the files.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +64,7 @@ def read_hugging_face_config(folder: Path) -> dict[str, Any]:
         InputError: it is missing or damaged, or the model needs code from its folder.
     """
     saved: dict[str, Any] = _with_decoded_numbers(read_json_file(folder / "config.json"))
-    config = with_older_names(with_rope_settings(saved))
+    config = with_yarn_scale(with_older_names(with_rope_settings(saved)))
     if "model_file" in config:
         raise InputError(
             f"{folder}/config.json needs {config['model_file']} to be run, which Graft does not do"
@@ -102,6 +103,26 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     found = {older: config[name] for older, name in names.items() if config.get(name) is not None}
     required = _REQUIRED.get(str(config.get("model_type")))
     return ({required: None} if required else {}) | found | config
+
+
+def with_yarn_scale(config: dict[str, Any]) -> dict[str, Any]:
+    """Give YaRN's `attention_factor` as the `mscale` that comes to the same in mlx-lm.
+
+    mlx-lm reads no `attention_factor`: it scales by y(mscale) / y(mscale_all_dim), with
+    y(m) = 0.1 m ln(factor) + 1 (Peng et al. 2023, section 3.4).
+    """
+    config = dict(config)
+    for name in ("text_config", "rope_parameters", "full_attention", "rope_scaling"):
+        if isinstance(nested := config.get(name), dict):
+            config[name] = with_yarn_scale(nested)
+    kind = config.get("rope_type", config.get("type"))
+    numbers: list[Any] = [config.get(name) for name in ("attention_factor", "factor")]
+    numbers.append(config.get("mscale_all_dim", 0))
+    if kind == "yarn" and all(type(n) in (int, float) for n in numbers) and numbers[1] > 1:
+        wanted, factor, below = numbers
+        slope = 0.1 * math.log(factor)
+        config["mscale"] = (wanted * (slope * below + 1) - 1) / slope
+    return config
 
 
 def _with_decoded_numbers(value: Any) -> Any:

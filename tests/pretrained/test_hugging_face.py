@@ -16,7 +16,7 @@ from graft.pretrained.hugging_face import (
     with_rope_settings,
 )
 from graft.pretrained.lazy_model import open_base
-from graft.pretrained.load import load_model, read_model
+from graft.pretrained.load import build_model, load_model, read_model
 from graft.storage.lazy_tensors import read
 
 import mlx.core as mx
@@ -117,6 +117,19 @@ def test_settings_that_transformers_5_renamed_get_the_names_that_mlx_lm_reads() 
     assert with_older_names({"model_type": "glm4_moe"})["rope_scaling"] is None
     assert with_older_names({"model_type": "llama"}) == {"model_type": "llama"}
     assert with_older_names({"model_type": "mamba2"})["intermediate_size"] is None
+
+
+@pytest.mark.parametrize("mscales", [{}, {"mscale": 0.5}, {"mscale": 1.0, "mscale_all_dim": 0.7}])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_the_attention_factor_of_yarn_is_applied(
+    tmp_path: Path, name: str, mscales: dict[str, float]
+) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 2.0}
+    yarn |= {"original_max_position_embeddings": 64, **mscales}
+    saved = tiny.LLAMA | {name: yarn}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    model = build_model(read_hugging_face_config(tmp_path))
+    assert model.layers[0].self_attn.rope.mscale == pytest.approx(2.0)
 
 
 def test_infinity_is_read_as_transformers_5_writes_it(tmp_path: Path) -> None:
