@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from support.layouts import TOKENS, WIDE, logits_of, meta_name, params_of, weights_of
+from support.tiny import write_sentencepiece
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -47,7 +48,7 @@ def save(model: Any, folder: Path, suffix: str = "safetensors") -> Path:
     if suffix == "bin":
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    (folder / "tokenizer.model").write_bytes(b"not read here")
+    write_sentencepiece(folder / "tokenizer.model")
     return folder
 
 
@@ -116,7 +117,7 @@ def write_meta(folder: Path, parts: list[dict[str, Any]], **params: Any) -> Path
     for index, part in enumerate(parts):
         torch.save(part, folder / f"consolidated.{index:02}.pth")
     (folder / "params.json").write_text(json.dumps({**params_of(WIDE), **params}))
-    (folder / "tokenizer.model").write_bytes(b"not read here")
+    write_sentencepiece(folder / "tokenizer.model")
     return folder
 
 
