@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
         self._model: Any = SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # its reason may quote any bytes
             raise InputError(
                 f"{path} is not a SentencePiece model; a tiktoken vocabulary (Llama 3) needs the "
                 "tokenizer.json of its Hugging Face repository beside it"
